@@ -1,0 +1,289 @@
+"""The configuration of a run: frozen dataclasses that become command-line flags and `config.json`.
+
+A `RunConfig` is asked for by a person, then resolved once against the data and the machine. The
+resolved one holds everything training depends on, so a run is a pure function of it. No torch here.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypeVar
+
+from vitrail.errors import VitrailError
+
+T = TypeVar("T")
+
+# Fewer patches than this and the picture is too coarse to tell classes apart.
+MIN_TOKENS = 16
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise VitrailError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1."""
+
+    patch_size: int = 4
+    """Side of the square patches, in pixels (P)."""
+    embed_dim: int = 128
+    """Width of every token (D)."""
+    depth: int = 6
+    """Number of encoder blocks (L)."""
+    num_heads: int = 8
+    """Attention heads per block; must divide the width."""
+    mlp_ratio: float = 2.0
+    """Hidden width of the MLP over the width of a token."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What the head reads: the class token (the paper), or the mean of the patch tokens."""
+    drop_rate: float = 0.0
+    """Dropout after the position embedding, the attention's projection and the MLP's layers."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: the last block's chance to be skipped per image, rising linearly from 0."""
+    rel_pos: Literal["none", "zero", "neighbour"] = "none"
+    """Learned relative position bias on the attention: none (the paper), started at zero, or started
+    so that each head looks at one neighbouring patch."""
+    init: Literal["paper", "zero_residual"] = "paper"
+    """How the weights begin: as timm starts them, or with every residual branch adding nothing at first."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "embed_dim", "depth", "num_heads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; give a whole number of at least 1")
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            f"{self.num_heads} heads do not divide the width {self.embed_dim}; "
+            "change --model.num-heads or --model.embed-dim",
+        )
+        _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}; give a number above 0")
+        for name in ("drop_rate", "drop_path_rate"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; give a probability of at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights move: the optimizer, its schedule and the average kept of its path."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon for the hidden matrices with AdamW for the rest, or AdamW for all."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, on matrices only."""
+    muon_weight_decay: float = 0.0
+    """Muon's weight decay."""
+    beta2: float = 0.99
+    """AdamW's decay of the squared gradient."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 leaves it alone."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rates rise from 0."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the learning rates fall to 0 at the end of the budget."""
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights that are evaluated and saved; 0 keeps the last ones."""
+    label_smoothing: float = 0.1
+    """Share of the label spread over all classes."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
+        for name in ("lr", "muon_lr"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}; give a number above 0")
+        for name in ("weight_decay", "muon_weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; give 0 or more")
+        for name in ("beta2", "warmup_fraction", "ema_decay", "label_smoothing"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; give at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What is done to the training images, each drawn anew for every image and pass."""
+
+    crop_padding: int = 4
+    """Pixels of black around the image before a crop of the old size."""
+    flip: bool = True
+    """Mirror half of the images left to right; turn it off where the side has a meaning (digits)."""
+    policy: Literal["none", "trivialaugment", "randaugment"] = "none"
+    """TrivialAugment: one operation at a random strength (arXiv 2103.10158). RandAugment: `num_ops`
+    operations at `magnitude` (arXiv 1909.13719)."""
+    num_ops: int = 2
+    """Operations per image of RandAugment."""
+    magnitude: int = 9
+    """Strength of RandAugment's operations, 0 to 30."""
+    erasing: float = 0.0
+    """Chance to blank a random rectangle (arXiv 1708.04896)."""
+    mixup: float = 0.0
+    """Mixup's alpha (arXiv 1710.09412); 0 is off."""
+    cutmix: float = 0.0
+    """CutMix's alpha (arXiv 1905.04899); 0 is off. With both on, each batch draws one of the two."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; give 0 or more")
+        _require(self.num_ops >= 1, f"num_ops is {self.num_ops}; give at least 1")
+        _require(0 <= self.magnitude <= 30, f"magnitude is {self.magnitude}; give 0 to 30")
+        _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; give a probability from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How images are read and served."""
+
+    image_size: int | None = None
+    """Side in pixels every image is brought to; by default the images' own side when all share one
+    of at most 64, else 32."""
+    val_fraction: float = 0.1
+    """Share of the training images held out to choose on, where the source has no `val` of its own."""
+    balanced: bool = False
+    """Every batch holds the classes in equal share, repeating images of the rare ones."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read, instead of refusing."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            _require(self.image_size >= 1, f"image_size is {self.image_size}; give at least 1 pixel")
+        _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """From an image file to the model's input; kept with the model and used by every verb.
+
+    `mean` and `std` are per channel, of pixel values scaled to 0..1, measured on the training images.
+    """
+
+    image_size: int
+    num_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a person asks for: a preset's values, overridden by flags."""
+
+    preset: str = "quick"
+    """The recipe the other values come from; also the first word after `train`."""
+    data: str = "cifar10"
+    """Where the images come from: digits, cifar10, or a folder of images by class or of parquet files."""
+    budget: str = "10min"
+    """How long to train, as `20epochs`, `30min` or `90s`; the schedule ends where the budget ends."""
+    seed: int = 0
+    """Fixes the validation split, the weights' start, the order of the images and their augmentation."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    threads: int = 0
+    """CPU threads; 0 takes one for each core."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the forward and backward pass; auto takes bf16 where the machine is fast at it.
+    The weights themselves are always kept in fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler on CPU)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        _require(self.threads >= 0, f"threads is {self.threads}; give 0 (all cores) or more")
+        _require(0 <= self.seed < 2**31, f"seed is {self.seed}; give 0 to {2**31 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(RunConfig):
+    """What is saved and trained: the above with no `auto` or 0 left, and all that was derived, once,
+    from the data and the machine. A run is a pure function of it."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    num_train: int
+    num_val: int
+    num_skipped: int
+    """Unreadable images left out, of train and val together."""
+    epoch_images: int
+    """Images in one pass; more than `num_train` when balanced sampling repeats some."""
+    num_steps: int
+    data_sha256: str
+    """Of the pixels, labels and class names of train and val."""
+
+    def asked(self) -> RunConfig:
+        """The part a person can ask for."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A length of training: a number of passes over the data, or of seconds."""
+
+    amount: float
+    unit: Literal["epochs", "s"]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `20epochs`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|s|sec|min|h)\s*", text)
+        if match is None or float(match[1]) == 0:
+            raise VitrailError(f"budget '{text}' is not understood; write for example 30min, 90s or 20epochs")
+        amount, unit = float(match[1]), match[2]
+        if unit.startswith("epoch"):
+            return cls(amount, "epochs")
+        return cls(amount * {"s": 1, "sec": 1, "min": 60, "h": 3600}[unit], "s")
+
+
+def check_patches(model: ModelConfig, image_size: int) -> int:
+    """The number of patches an image is cut into. Raises VitrailError if they do not fit the image."""
+    side, patch = image_size, model.patch_size
+    if side % patch:
+        fitting = ", ".join(str(p) for p in range(1, side + 1) if side % p == 0 and (side // p) ** 2 >= MIN_TOKENS)
+        raise VitrailError(
+            f"patch size {patch} does not divide the image size {side}; use --model.patch-size with one of {fitting}"
+        )
+    return (side // patch) ** 2
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a config dataclass from JSON values. Raises VitrailError for unknown, missing or misfitting ones."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise VitrailError(f"unknown {cls.__name__} field {unknown[0]!r}; was it written by a newer vitrail?")
+    try:
+        return cls(**{name: _convert(hints[name], value) for name, value in values.items()})
+    except TypeError as error:
+        raise VitrailError(f"this does not make a {cls.__name__}: {error}") from error
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """`value`, read from JSON, as the annotated type `kind`."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _convert(next(k for k in kind.__args__ if k is not type(None)), value)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(value)
+    if typing.get_origin(kind) is Literal:
+        _require(value in kind.__args__, f"{value!r} is none of {', '.join(map(repr, kind.__args__))}")
+        return value
+    accepted = (int, float) if kind is float else kind
+    _require(isinstance(value, accepted), f"{value!r} is not a {kind.__name__}")
+    return value

@@ -1,0 +1,79 @@
+"""How progress looks: a moving bar on a terminal, plain lines elsewhere; always on standard error."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from vitrail.errors import Event
+
+PLAIN_LINE_EVERY_S = 60
+SHOWN = {
+    "epoch": ("epoch", "{:.1f}"),
+    "train_loss": ("loss", "{:.3f}"),
+    "val_accuracy": ("val", "{:.1%}"),
+    "images_per_s": ("img/s", "{:.0f}"),
+    "lr": ("lr", "{:.1e}"),
+}
+
+
+class ProgressDisplay:
+    """A listener for `Event`s that draws them; use it as a context manager."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        if self._quiet:
+            return
+        if self._console.is_terminal:
+            self._move_bar(event)
+        else:
+            self._print_line(event)
+
+    def _move_bar(self, event: Event) -> None:
+        task = self._tasks.get(event.task)
+        if task is None or self._bars.tasks[task].finished:
+            task = self._bars.add_task(event.task, total=event.total, figures="")
+            self._tasks[event.task] = task
+        self._bars.update(task, completed=event.done, total=event.total, figures=_figures(event.fields))
+
+    def _print_line(self, event: Event) -> None:
+        """A line for each milestone, else one a minute, so that short tasks stay silent."""
+        now = time.monotonic()
+        began = self._began.setdefault(event.task, now)
+        if event.milestone or now - self._last_line.get(event.task, began) > PLAIN_LINE_EVERY_S:
+            self._last_line[event.task] = now
+            left = (now - began) / event.done * (event.total - event.done)
+            line = f"{event.task} {event.done}/{event.total}  {_figures(event.fields)}  {left / 60:.1f} min left"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _figures(fields: Mapping[str, float | str]) -> str:
+    return "  ".join(f"{label} {form.format(fields[key])}" for key, (label, form) in SHOWN.items() if key in fields)

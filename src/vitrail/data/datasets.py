@@ -1,0 +1,100 @@
+"""The decoded splits, and the batches cut from them."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitrail.batch import Batch
+from vitrail.config import InputConfig, Preprocessing, ResolvedConfig, RunConfig
+from vitrail.data.decode import decode, infer_format, measure_preprocessing
+from vitrail.data.order import TEST_FRACTION, cut_split
+from vitrail.data.records import Records
+from vitrail.data.sources import read_source
+from vitrail.errors import Listener, VitrailError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One decoded split: uint8 `images` [N, C, S, S], int64 `labels` [N] into `class_names`."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Batch:
+        """The images at `indices`, as a batch of weight one."""
+        return Batch(self.images[indices], self.labels[indices], torch.ones(len(indices)))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All images in order; the last batch is padded to full size with copies of weight 0."""
+        for start in range(0, len(self), batch_size):
+            indices = torch.arange(start, start + batch_size)
+            batch = self.take(indices.clamp_max(len(self) - 1))
+            yield Batch(batch.images, batch.labels, (indices < len(self)).float())
+
+
+def split_records(source: str, config: InputConfig, seed: int) -> dict[str, Records]:
+    """The `train`, `val` and `test` records of a source, cutting those it does not have from train.
+
+    Where there is no `test`, the same fifth of every class is cut whatever the seed; `val` is then cut
+    from what is left, by `seed`. Both are stratified.
+    """
+    splits = read_source(source)
+    for name, fraction, split_seed in (("test", TEST_FRACTION, 0), ("val", config.val_fraction, seed)):
+        if name not in splits:
+            train = splits["train"]
+            kept, held_out = cut_split(train.labels, fraction, split_seed)
+            splits |= {"train": train.take(kept), name: train.take(held_out)}
+            if len(held_out) == 0:
+                raise VitrailError(f"{source} has too few images to hold any out for {name}; two of a class at least")
+    return splits
+
+
+def load_training_data(config: RunConfig, listener: Listener) -> tuple[ImageSet, ImageSet, Preprocessing]:
+    """Decode `train` and `val` of `config.data`, and measure the preprocessing on `train`. Never decodes `test`."""
+    splits = split_records(config.data, config.input, config.seed)
+    size, channels = infer_format(splits["train"], config.input.image_size)
+    skip_bad = config.input.skip_bad
+    train, val = (_decode_split(splits[name], size, channels, skip_bad, listener) for name in ("train", "val"))
+    return train, val, measure_preprocessing(train.images)
+
+
+def load_split(config: ResolvedConfig, source: str, split: str, listener: Listener) -> ImageSet:
+    """Decode one split of `source` for a trained model. Raises VitrailError if its classes are not the model's."""
+    splits = split_records(source, config.input, config.seed)
+    if split not in splits:
+        raise VitrailError(f"no split '{split}'; give one of {', '.join(splits)}")
+    found = splits[split].class_names
+    if found != config.classes:
+        raise VitrailError(
+            f"{source} has the classes {_first(found)}, the model was trained on {_first(config.classes)}; "
+            "give the data it was trained for"
+        )
+    size, channels = config.preprocessing.image_size, config.preprocessing.num_channels
+    return _decode_split(splits[split], size, channels, config.input.skip_bad, listener)
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" … ({len(names)})" if len(names) > 4 else "")
+
+
+def _decode_split(records: Records, size: int, channels: int, skip_bad: bool, listener: Listener) -> ImageSet:
+    images, labels, num_skipped = decode(records, size, channels, skip_bad, listener)
+    return ImageSet(images, labels, records.class_names, num_skipped)
+
+
+def fingerprint(*sets: ImageSet) -> str:
+    """SHA-256 over the pixels, labels and class names of the sets: what a resumed run must find again."""
+    digest = hashlib.sha256()
+    for images in sets:
+        digest.update(repr(images.class_names).encode())
+        for tensor in (images.images, images.labels):
+            digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""What went wrong, told to the person who can mend it.
+
+The command line shows a `VitrailError` as one line and exits with code 2. Anything else is a bug
+of ours and keeps its traceback. `Event` is how long work tells of its progress without printing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+class VitrailError(ValueError):
+    """The input is wrong: the message says what it was, what was expected and what to do."""
+
+
+class VitrailWarning(UserWarning):
+    """The input is allowed but unlikely to be what was meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """`done` of `total` units of `task` are finished; `fields` are figures worth showing beside it.
+
+    `milestone` marks the events that plain logs keep (one an epoch, say); the others only move a bar.
+    """
+
+    task: str
+    done: int
+    total: int
+    fields: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
+    milestone: bool = False
+
+
+Listener = Callable[[Event], None]
+
+
+def ignore_events(event: Event) -> None:
+    """The listener that shows nothing: the default when vitrail is called from Python."""

@@ -1,0 +1,31 @@
+"""Named recipes: the defaults that flags override. No torch here.
+
+What each one reaches, with its command and machine, stands in the README.
+"""
+
+from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, RunConfig
+from vitrail.errors import VitrailError
+
+DEFAULT_PRESET = "quick"
+PRESETS: dict[str, RunConfig] = {
+    "tiny": RunConfig(
+        preset="tiny",
+        data="digits",
+        budget="40s",
+        model=ModelConfig(patch_size=2, embed_dim=64, depth=4, num_heads=8, rel_pos="neighbour", init="zero_residual"),
+        optim=OptimConfig(batch_size=64, lr=2e-3),
+        augment=AugmentConfig(crop_padding=1, flip=False),
+    ),
+    "quick": RunConfig(
+        preset="quick",
+        budget="10min",
+        model=ModelConfig(rel_pos="neighbour", init="zero_residual"),
+    ),
+}
+
+
+def get_preset(name: str) -> RunConfig:
+    """The recipe called `name`. Raises VitrailError naming those there are."""
+    if name not in PRESETS:
+        raise VitrailError(f"no preset '{name}'; give one of {', '.join(PRESETS)}")
+    return PRESETS[name]

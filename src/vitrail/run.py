@@ -1,0 +1,186 @@
+"""The run folder: what a training leaves behind and everything after it reads. No pickle anywhere.
+
+config.json         the resolved config: architecture, classes, preprocessing, budget, seed
+environment.json    versions, machine, command
+metrics.jsonl       one line per pass
+model.safetensors   the finished weights, fp32
+checkpoints/        step_NNNNNNNN/{state.safetensors, state.json}: all it takes to go on
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitrail.config import ResolvedConfig, from_dict, to_dict
+from vitrail.errors import VitrailError
+from vitrail.vit import VisionTransformer, build_vit
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with its resolved config; `weights` is the file its model is read from."""
+
+    folder: Path
+    config: ResolvedConfig
+    weights: Path
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The finished checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step_????????"))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_metrics(self, rows: list[dict[str, float]]) -> None:
+        """Replace metrics.jsonl."""
+        _write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write a checkpoint at `values["step"]`, whole or not at all, and drop all but the newest two."""
+        final = self.folder / "checkpoints" / f"step_{values['step']:08d}"
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(dict(values), indent=1))
+        _sync(partial / "state.safetensors")
+        _sync(partial / "state.json")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self.checkpoints[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint's tensors and values, or None before the first."""
+        if not self.checkpoints:
+            return None
+        newest = self.checkpoints[-1]
+        return _load_tensors(newest / "state.safetensors"), json.loads((newest / "state.json").read_text())
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Write the finished weights."""
+        partial = self.folder / ".model.safetensors.partial"
+        save_file({k: v.contiguous() for k, v in state.items()}, partial)
+        _sync(partial)
+        partial.rename(self.folder / "model.safetensors")
+
+    def load_model(self) -> VisionTransformer:
+        """The trained model, on the CPU, in fp32 and ready to evaluate.
+
+        Raises:
+            VitrailError: if there are no weights, or they do not fit the config.
+        """
+        if not self.weights.exists():
+            raise VitrailError(
+                f"{self.folder} has no {self.weights.name}: its training has not finished; "
+                f"go on with `vitrail train --resume --out {self.folder}`, or name one of its checkpoints"
+            )
+        state = _load_tensors(self.weights)
+        if self.weights.name == "state.safetensors":
+            prefix = "ema." if any(k.startswith("ema.") for k in state) else "model."
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        pre = self.config.preprocessing
+        model = build_vit(self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
+        head = state.get("head.weight")
+        if head is not None and len(head) != len(self.config.classes):
+            raise VitrailError(
+                f"{self.weights} tells {len(head)} classes apart, its config names {len(self.config.classes)}; "
+                "the two do not belong together"
+            )
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:200]
+            raise VitrailError(f"{self.weights} does not fit its config.json: {detail}") from error
+        return model.eval()
+
+
+def create_run(folder: Path, config: ResolvedConfig) -> Run:
+    """Start a run folder. Raises VitrailError if it holds a run already or cannot be written."""
+    check_vacant(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / "environment.json", json.dumps(_environment(), indent=1))
+        _write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1))
+    except OSError as error:
+        raise VitrailError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
+    return Run(folder, config, folder / "model.safetensors")
+
+
+def check_vacant(folder: Path) -> None:
+    """Raise VitrailError if `folder` holds a run, or is no place to put one."""
+    if (folder / "config.json").exists():
+        raise VitrailError(f"{folder} already holds a run; go on with it by --resume, or give another --out")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise VitrailError(f"cannot write to {folder}: {existing} is not a writable folder; give another --out")
+
+
+def load_run(model: str | Path) -> Run:
+    """Open a run folder, or one checkpoint in it (`RUN/checkpoints/step_NNNNNNNN`).
+
+    Raises:
+        VitrailError: if it is neither.
+    """
+    path = Path(model)
+    if (path / "state.safetensors").exists():
+        folder, weights = path.parent.parent, path / "state.safetensors"
+    else:
+        folder, weights = path, path / "model.safetensors"
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise VitrailError(f"no model at {path}: expected a run folder with config.json, or a checkpoint in one")
+    try:
+        config = from_dict(ResolvedConfig, json.loads(config_file.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VitrailError(f"{config_file} is not valid JSON: {error}") from error
+    return Run(folder, config, weights)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise VitrailError(f"cannot read {path}: {error}") from error
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and machine, to read a number by later."""
+    packages = ("vitrail", "torch", "torchvision", "numpy", "pillow")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    partial.rename(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

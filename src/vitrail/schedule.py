@@ -1,0 +1,36 @@
+"""The learning rate over a run, and how a budget becomes a number of steps. No torch here."""
+
+import math
+from typing import Literal
+
+from vitrail.config import Budget
+
+
+def lr_factor(step: int, num_steps: int, warmup_fraction: float, decay: Literal["linear", "cosine"]) -> float:
+    """The share of the peak learning rate to use at `step`, counted from 0: always in 0..1, never 0.
+
+    Rises linearly over the first `warmup_fraction` of the steps, then falls towards 0, which it
+    would reach at `num_steps`, one past the last step.
+    """
+    warmup_steps = int(warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    left = (num_steps - step) / (num_steps - warmup_steps)
+    return left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def plan_steps(budget: Budget, epoch_images: int, batch_size: int, step_s: float, val_s: float) -> int:
+    """How many steps a budget pays for: at least one.
+
+    Args:
+        budget: passes over the data, or the seconds that are left.
+        epoch_images: images in one pass.
+        batch_size: images in one step.
+        step_s: seconds a training step takes, from a probe.
+        val_s: seconds one look at the validation images takes; there is one at the end of each pass.
+    """
+    if budget.unit == "epochs":
+        return max(1, math.ceil(budget.amount * epoch_images / batch_size))
+    seconds_per_step = step_s + val_s * batch_size / epoch_images
+    # The last pass, though usually cut short, is validated too.
+    return max(1, int((budget.amount - val_s) / seconds_per_step))

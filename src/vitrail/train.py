@@ -1,0 +1,245 @@
+"""Training: the loop, and what a run resolves before its first step."""
+
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vitrail.config import MIN_TOKENS, Budget, Preprocessing, ResolvedConfig, RunConfig, check_patches
+from vitrail.data import ImageSet, SampleStream, fingerprint, load_training_data
+from vitrail.errors import Event, Listener, VitrailError, VitrailWarning, ignore_events
+from vitrail.evaluate import compute_logits
+from vitrail.learner import Learner
+from vitrail.metrics import compute_metrics
+from vitrail.run import Run, check_vacant, create_run, load_run
+from vitrail.schedule import plan_steps
+
+CHECKPOINT_EVERY_S = 300
+PROBE_S = 5.0
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on
+    """Training was asked to stop and has saved where it was."""
+
+
+def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events) -> Run:
+    """Train a model from nothing into the new run folder `out`.
+
+    Raises:
+        VitrailError: if the config, the data or the folder will not do; nothing is left behind then.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint to resume from.
+    """
+    began = time.monotonic()
+    check_vacant(Path(out))
+    device, threads = _choose_device(config), config.threads or _num_cores()
+    torch.set_num_threads(threads)
+    train_set, val_set, preprocessing = load_training_data(config, listener)
+    _check_model(config, preprocessing)
+    stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
+    asked: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    chosen = {"device": device, "threads": threads, "precision": _choose_precision(config, device)}
+    resolved = ResolvedConfig(
+        **(asked | chosen),
+        classes=train_set.class_names,
+        preprocessing=preprocessing,
+        num_train=len(train_set),
+        num_val=len(val_set),
+        num_skipped=train_set.num_skipped + val_set.num_skipped,
+        epoch_images=stream.epoch_images,
+        num_steps=1,
+        data_sha256=fingerprint(train_set, val_set),
+    )
+    num_steps = _plan_num_steps(resolved, stream, train_set, val_set, began)
+    run = create_run(Path(out), replace(resolved, num_steps=num_steps))
+    return _fit(run, train_set, val_set, listener)
+
+
+def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
+    """Go on with the run in `out` exactly where its newest checkpoint stands.
+
+    The run that results is, bit for bit on the same machine, the one that would have been without the
+    interruption. Raises VitrailError if the data has changed, and as `train` does.
+    """
+    run = load_run(out)
+    if run.weights.exists():
+        raise VitrailError(f"{run.folder} is finished; nothing is left to resume")
+    config = run.config
+    torch.set_num_threads(config.threads)
+    train_set, val_set, _ = load_training_data(config, listener)
+    if fingerprint(train_set, val_set) != config.data_sha256:
+        raise VitrailError(f"{config.data} has changed since {run.folder} began; resume needs the very same images")
+    return _fit(run, train_set, val_set, listener)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; saved with each checkpoint. The pass_ figures begin anew with each pass."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    pass_steps: int = 0
+    pass_loss: float = 0.0
+    pass_s: float = 0.0
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.step, self.pass_steps = self.step + 1, self.pass_steps + 1
+        self.pass_loss += loss
+        self.pass_s += seconds
+        self.elapsed_s += seconds
+
+
+def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -> Run:
+    """Train from the newest checkpoint, or from the start, to the last step."""
+    config = run.config
+    batch_size = config.optim.batch_size
+    stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
+    learner, progress = Learner(config), _Progress()
+    checkpoint = run.load_checkpoint()
+    if checkpoint is not None:
+        learner.load_state(checkpoint[0])
+        progress = _Progress(**checkpoint[1])
+    rows = [row for row in run.read_metrics() if row["step"] <= progress.step]
+    last_saved = time.monotonic()
+    with _stop_signals() as stop_requested:
+        while progress.step < config.num_steps:
+            began = time.monotonic()
+            batch = train_set.take(stream.indices(progress.step * batch_size, batch_size))
+            progress.add(_checked(learner.step(batch, progress.step), progress.step), time.monotonic() - began)
+            seen = progress.step * batch_size
+            row = {
+                "step": progress.step,
+                "epoch": seen / config.epoch_images,
+                "train_loss": progress.pass_loss / progress.pass_steps,
+                "lr": config.optim.lr * learner.lr_factor(progress.step - 1),
+                "images_per_s": progress.pass_steps * batch_size / progress.pass_s,
+            }
+            finished = progress.step == config.num_steps
+            pass_ended = finished or seen % config.epoch_images < batch_size
+            if pass_ended:
+                row |= _validate(learner, val_set, config, progress)
+                rows.append(row)
+                run.write_metrics(rows)
+            elif rows:
+                row["val_accuracy"] = rows[-1]["val_accuracy"]
+            listener(_as_event(row, config.num_steps, pass_ended))
+            if pass_ended or stop_requested() or time.monotonic() - last_saved > CHECKPOINT_EVERY_S:
+                run.save_checkpoint(learner.state(), asdict(progress))
+                last_saved = time.monotonic()
+            if stop_requested() and not finished:
+                raise Interrupted(f"stopped at step {progress.step} of {config.num_steps} and saved there")
+    run.save_model(learner.result.state_dict())
+    return run
+
+
+def _validate(learner: Learner, val_set: ImageSet, config: ResolvedConfig, progress: _Progress) -> dict[str, float]:
+    """Close a pass: the validation figures, with the time counted and the running sums begun anew."""
+    began = time.monotonic()
+    logits = compute_logits(learner.working_copy(), val_set, config.preprocessing)
+    metrics = compute_metrics(logits, val_set.labels, config.classes)
+    progress.elapsed_s += time.monotonic() - began
+    progress.pass_steps, progress.pass_loss, progress.pass_s = 0, 0.0, 0.0
+    return {"val_loss": metrics.loss, "val_accuracy": metrics.accuracy, "elapsed_s": progress.elapsed_s}
+
+
+def _as_event(row: dict[str, float], num_steps: int, milestone: bool) -> Event:
+    return Event(task="training", done=int(row["step"]), total=num_steps, fields=row, milestone=milestone)
+
+
+def _checked(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise VitrailError(f"the loss became {loss} at step {step}; try a lower --optim.lr or --optim.muon-lr")
+    return loss
+
+
+@contextmanager
+def _stop_signals() -> Generator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request, heard between two steps; the second one kills.
+
+    Only the main thread may set handlers; elsewhere nothing is ever requested.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, hear)
+        yield lambda: bool(heard)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:
+    """Raise VitrailError if the patches do not fit the image; warn if they are too few."""
+    num_patches = check_patches(config.model, preprocessing.image_size)
+    if num_patches < MIN_TOKENS:
+        warnings.warn(
+            f"patch size {config.model.patch_size} leaves {num_patches} patches of a "
+            f"{preprocessing.image_size}-pixel image; with fewer than {MIN_TOKENS} a ViT sees too little of where "
+            "things are (the usual cause of 50% on CIFAR-10); use a smaller --model.patch-size",
+            VitrailWarning,
+            stacklevel=3,
+        )
+
+
+def _plan_num_steps(
+    config: ResolvedConfig, stream: SampleStream, train_set: ImageSet, val_set: ImageSet, began: float
+) -> int:
+    """Turn the budget into steps; one in minutes is first probed with a learner that is then thrown away."""
+    budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
+    step_s = val_s = 0.0
+    if budget.unit == "s":
+        learner, times = Learner(config), list[float]()
+        probe_until = time.monotonic() + min(PROBE_S, 0.1 * budget.amount)
+        while time.monotonic() < probe_until or len(times) < 3:
+            start = time.monotonic()
+            learner.step(train_set.take(stream.indices(len(times) * batch_size, batch_size)), 0)
+            times.append(time.monotonic() - start)
+        step_s = statistics.median(times[1:])  # the first one also warms up
+        part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
+        start = time.monotonic()
+        compute_logits(learner.working_copy(), part, config.preprocessing)
+        val_s = (time.monotonic() - start) * len(val_set) / len(part)
+    budget = replace(budget, amount=budget.amount - (time.monotonic() - began)) if budget.unit == "s" else budget
+    return plan_steps(budget, stream.epoch_images, batch_size, step_s, val_s)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_device(config: RunConfig) -> str:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[config.device]:
+        raise VitrailError(f"device {config.device} is not on this machine; leave --device out or give cpu")
+    return config.device
+
+
+def _choose_precision(config: RunConfig, device: str) -> Literal["fp32", "bf16"]:
+    """bf16 where it is fast: a GPU that has it, a CPU with AVX512-BF16 or AMX."""
+    if config.precision != "auto":
+        return config.precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    fast = device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bf16" if fast else "fp32"

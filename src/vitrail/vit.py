@@ -1,0 +1,230 @@
+"""The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), with nothing convolutional in it.
+
+Shapes are written with B images, C channels, N patches, T = N + 1 tokens, D wide, H heads.
+
+There is one path: `forward`, training and `trace` all run the same blocks, and a block always has
+its attention at hand. Attention is two batched matrix products around a softmax. On a CPU that
+trains about twice as fast as the fused kernel, whose backward pass is slow there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.config import ModelConfig, check_patches
+
+NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+# exp(5) is about 150, so a head that starts here gives its one neighbour more weight than the other 64 tokens.
+NEIGHBOUR_HEIGHT = 5.0
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches: [B, C, S, S] to [B, N, C·P·P].
+
+    Patches go row by row from the top left; within one, values go by channel, row, column, which is
+    the order in which a strided convolution's weight is flattened.
+    """
+    b, c, s, _ = images.shape
+    p = patch_size
+    grid = images.reshape(b, c, s // p, p, s // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(b, (s // p) ** 2, c * p * p)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Put patches together again: the inverse of `patchify`, for square images."""
+    b, n, values = patches.shape
+    p = patch_size
+    g, c = round(n**0.5), values // p**2
+    grid = patches.reshape(b, g, g, c, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * p, g * p)
+
+
+class PatchEmbed(nn.Module):
+    """Each patch, flattened, through one linear layer: [B, C, S, S] to [B, N, D] (equation 1)."""
+
+    def __init__(self, patch_size: int, num_channels: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(num_channels * patch_size**2, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(patchify(images, self.patch_size))
+
+
+class RelPosBias(nn.Module):
+    """A learned number per head for each offset between two patches, added to the attention logits.
+
+    The class token, which has no place in the picture, gets 0 towards and from every token. Begun at
+    "neighbour", each head leans to one of the eight neighbouring patches, a different one for each
+    of up to eight heads, so that a block starts as something like a 3×3 convolution; training may undo it.
+
+    Source: the bias of Shaw et al. 2018 (arXiv 1803.02155) as used in Swin (arXiv 2103.14030,
+    equation 4); starting from locality follows ConViT (arXiv 2103.10697), without its gate.
+    """
+
+    index: Tensor
+
+    def __init__(self, grid_size: int, num_heads: int, start: str) -> None:
+        super().__init__()
+        span = 2 * grid_size - 1
+        table = torch.zeros(num_heads, span, span)
+        if start == "neighbour":
+            order = torch.randperm(len(NEIGHBOUR_OFFSETS)).tolist()
+            for head in range(num_heads):
+                dy, dx = NEIGHBOUR_OFFSETS[order[head % len(order)]]
+                table[head, grid_size - 1 + dy, grid_size - 1 + dx] = NEIGHBOUR_HEIGHT
+        self.relative_position_bias_table = nn.Parameter(table.flatten(1))
+        y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
+        y, x = y.flatten(), x.flatten()
+        row, column = y[None] - y[:, None] + grid_size - 1, x[None] - x[:, None] + grid_size - 1
+        self.register_buffer("index", (row * span + column).flatten(), persistent=False)
+        self.num_patches = grid_size**2
+
+    def forward(self) -> Tensor:
+        """The bias [H, T, T]: row = the patch that looks, column = the patch looked at."""
+        bias = self.relative_position_bias_table.index_select(1, self.index)
+        return F.pad(bias.unflatten(1, (self.num_patches, self.num_patches)), (1, 0, 1, 0))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T]."""
+
+    def __init__(self, config: ModelConfig, grid_size: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.scale = (config.embed_dim // config.num_heads) ** -0.5
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.rel_pos = None if config.rel_pos == "none" else RelPosBias(grid_size, config.num_heads, config.rel_pos)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.proj_drop = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, d = x.shape
+        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        similarity = (query * self.scale) @ key.transpose(-2, -1)
+        if self.rel_pos is not None:
+            similarity = similarity + self.rel_pos()
+        weights = similarity.softmax(dim=-1)
+        heads = (weights @ value).transpose(1, 2).reshape(b, t, d)
+        return self.proj_drop(self.proj(heads)), weights
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, on each token alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.drop = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): drop a residual branch per image, scaling up the kept ones."""
+    if not training or rate == 0.0:
+        return branch
+    kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - rate)
+    return branch * kept / (1 - rate)
+
+
+class Block(nn.Module):
+    """One encoder block (equations 2 and 3): attention, then the MLP, each behind a LayerNorm and around
+    a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]."""
+
+    def __init__(self, config: ModelConfig, grid_size: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = Attention(config, grid_size)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = Mlp(config)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attended, weights = self.attn(self.norm1(x))
+        x = x + drop_path(attended, self.drop_path_rate, self.training)
+        x = x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
+        return x, weights
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT: images [B, C, S, S], normalised, to logits [B, K].
+
+    Parameter names are timm's. Two differences there: our patch projection is a linear layer, so its
+    weight is timm's flattened from dimension 1 on; `rel_pos` is ours. The head's input is
+    normalised before pooling in both modes (timm does so after pooling for the mean).
+
+    Raises:
+        VitrailError: if the patch size does not divide the image size.
+    """
+
+    def __init__(self, config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> None:
+        super().__init__()
+        num_patches = check_patches(config, image_size)
+        grid_size = image_size // config.patch_size
+        width, depth = config.embed_dim, config.depth
+        self.pool = config.pool
+        self.patch_embed = PatchEmbed(config.patch_size, num_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, width))
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(config, grid_size, rate) for rate in rates])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes)
+        self._init_weights(config.init)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.classify(x)
+
+    def trace(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [B, K], and the attention of every block [L, B, H, T, T], rows summing to one."""
+        x, attention = self.embed(images), []
+        for block in self.blocks:
+            x, weights = block(x)
+            attention.append(weights)
+        return self.classify(x), torch.stack(attention)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1)."""
+        patches = self.patch_embed(images)
+        cls_token = self.cls_token.expand(len(patches), -1, -1)
+        return self.pos_drop(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Encoded tokens [B, T, D] to logits [B, K] (equation 4)."""
+        x = self.norm(x)
+        return self.head(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1))
+
+    @torch.no_grad()
+    def _init_weights(self, init: str) -> None:
+        """Begin as timm does (truncated normals of 0.02, zero biases), or, at "zero_residual", with
+        Xavier-uniform matrices, a zero head and zero outputs of both residual branches.
+
+        Muon moves every matrix by the same spectral length whatever its size, so the branches may
+        begin at nothing; each block then starts as the identity (cf. Fixup, arXiv 1901.09321).
+        """
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if init == "paper":
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            elif name == "head" or (name.endswith((".proj", ".fc2")) and name.startswith("blocks")):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+
+
+def build_vit(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> VisionTransformer:
+    """A ViT with fresh weights drawn from torch's global generator; seed that first."""
+    return VisionTransformer(config, image_size, num_channels, num_classes)
