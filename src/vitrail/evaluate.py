@@ -87,5 +87,5 @@ def _draw_confusion(metrics: Metrics) -> Any:
     if len(names) <= 30:
         for row, column in torch.nonzero(counts).tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
     return figure

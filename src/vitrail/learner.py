@@ -69,7 +69,8 @@ class Learner:
     @torch.no_grad()
     def _refresh_worker(self) -> None:
         if self._worker is not self.model:
-            torch._foreach_copy_(list(self._worker.parameters()), list(self.model.parameters()))
+            for working, parameter in zip(self._worker.parameters(), self.model.parameters(), strict=True):
+                working.copy_(parameter)
 
     def _collect_gradients(self) -> None:
         if self._worker is self.model:

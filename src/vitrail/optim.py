@@ -1,10 +1,11 @@
 """What moves the weights: the optimizers, their learning rates, and the average of the path."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrail.config import OptimConfig
 
@@ -68,9 +69,8 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
         t = int(num_averaged)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + t) / (10 + t)))
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averaged, current, num_averaged)
 
     return update

@@ -47,7 +47,7 @@ def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events
     _check_model(config, preprocessing)
     stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
     asked: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-    chosen = {"device": device, "threads": threads, "precision": _choose_precision(config, device)}
+    chosen: dict[str, Any] = {"device": device, "threads": threads, "precision": _choose_precision(config, device)}
     resolved = ResolvedConfig(
         **(asked | chosen),
         classes=train_set.class_names,

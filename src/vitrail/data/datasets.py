@@ -96,5 +96,5 @@ def fingerprint(*sets: ImageSet) -> str:
     for images in sets:
         digest.update(repr(images.class_names).encode())
         for tensor in (images.images, images.labels):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
