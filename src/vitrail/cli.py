@@ -43,12 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "predict": _predict,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        from vitrail.presets import PRESETS
-
-        print(HELP.format(presets=", ".join(PRESETS)))
-        return 0
     try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _print_help()
+            return 0
         if arguments[0] not in verbs:
             raise VitrailError(f"no verb '{arguments[0]}'; give one of {', '.join(verbs)}")
         verbs[arguments[0]](arguments[1:])
@@ -66,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`vitrail … | head`); keep the interpreter from saying so at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _print_help() -> None:
+    from vitrail.presets import PRESETS
+
+    print(HELP.format(presets=", ".join(PRESETS)), flush=True)
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
-class VitrailError(ValueError):
+class VitrailError(Exception):
     """The input is wrong: the message says what it was, what was expected and what to do."""
 
 

@@ -28,11 +28,9 @@ class Records:
 
     def take(self, indices: npt.NDArray[np.intp]) -> "Records":
         """The records at `indices`, in that order."""
+        kept: list[int] = indices.tolist()
         return Records(
-            [self.items[i] for i in indices],
-            [self.names[i] for i in indices],
-            self.labels[indices],
-            self.class_names,
+            [self.items[i] for i in kept], [self.names[i] for i in kept], self.labels[indices], self.class_names
         )
 
 

@@ -1,0 +1,330 @@
+"""Training: the optimizers' parts, the step, exact resume, the budget, the run folder."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from conftest import colour_config, make_config, save_image
+from vitrail.batch import Batch
+from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, ResolvedConfig, RunConfig
+from vitrail.errors import Event, VitrailError, VitrailWarning
+from vitrail.learner import Learner
+from vitrail.optim import build_ema, build_optimizers, set_lr, split_parameters
+from vitrail.run import Run, load_run
+from vitrail.train import Interrupted, resume, train
+from vitrail.vit import build_vit
+
+train_room = import_module("vitrail.train")
+SOFT = {
+    "model": ModelConfig(
+        patch_size=2, embed_dim=32, depth=2, num_heads=4, drop_rate=0.1, drop_path_rate=0.1, rel_pos="neighbour"
+    ),
+    "optim": OptimConfig(batch_size=64, ema_decay=0.9, clip_norm=1.0),
+    "augment": AugmentConfig(crop_padding=1, flip=False, mixup=0.2, cutmix=1.0),
+}
+
+
+# ── optimizers ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_weight_decay_is_on_matrices_only_and_muon_on_hidden_ones() -> None:
+    model = build_vit(ModelConfig(embed_dim=16, depth=1, num_heads=2, rel_pos="zero"), 16, 3, 4)
+    hidden, matrices, rest = split_parameters(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert [names[id(p)] for p in hidden] == [
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    ]
+    assert [names[id(p)] for p in matrices] == ["patch_embed.proj.weight", "head.weight"]
+    assert {"cls_token", "pos_embed", "blocks.0.attn.rel_pos.relative_position_bias_table"} < {
+        names[id(p)] for p in rest
+    }
+    assert len(hidden) + len(matrices) + len(rest) == len(list(model.parameters()))
+    adamw, muon = build_optimizers(model, OptimConfig())
+    assert isinstance(muon, torch.optim.Muon)
+    assert muon.param_groups[0]["params"] == hidden
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.05, 0.0]
+    (only,) = build_optimizers(model, OptimConfig(optimizer="adamw"))
+    assert only.param_groups[0]["params"] == hidden + matrices
+
+
+def test_set_lr_scales_each_optimizers_own_peak() -> None:
+    model = build_vit(ModelConfig(embed_dim=16, depth=1, num_heads=2), 16, 3, 4)
+    optimizers = build_optimizers(model, OptimConfig(lr=1e-3, muon_lr=2e-2))
+    for factor in (0.5, 0.25):
+        set_lr(optimizers, factor)
+        assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx(
+            [1e-3 * factor, 1e-3 * factor, 2e-2 * factor]
+        )
+
+
+def test_the_average_follows_quickly_at_first_and_slowly_later() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = build_ema(model, 0.99)
+    ema.update_parameters(model)
+    nn.init.ones_(model.weight)
+    ema.update_parameters(model)
+    expected = 1 - 2 / 11
+    assert ema.module.weight.item() == pytest.approx(expected)
+    for t in range(2, 2000):
+        ema.update_parameters(model)
+        expected = 1 - (1 - expected) * min(0.99, (1 + t) / (10 + t))
+    assert ema.module.weight.item() == pytest.approx(expected)
+    assert ema.module.weight.item() > 0.999
+
+
+# ── one step ─────────────────────────────────────────────────────────────────────────────────
+
+
+def learner_of(run: Run, **changes: object) -> tuple[Learner, Batch]:
+    config = replace(run.config, **changes)
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Learner(config), Batch(images, torch.arange(64) % 10, torch.ones(64))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_batch_can_be_learned_by_heart(trained: Run, optimizer: str) -> None:
+    plain = AugmentConfig(crop_padding=0, flip=False)
+    optim = OptimConfig(optimizer=optimizer, label_smoothing=0.0, lr=3e-3)
+    learner, batch = learner_of(trained, augment=plain, optim=optim, num_steps=120)
+    losses = [learner.step(batch, step) for step in range(120)]
+    assert losses[0] == pytest.approx(2.303, abs=0.05)  # ln 10: it begins knowing nothing
+    assert losses[-1] < 0.7
+
+
+def test_padding_of_weight_zero_changes_nothing(trained: Run) -> None:
+    plain = AugmentConfig(crop_padding=0, flip=False)
+    learner, batch = learner_of(trained, augment=plain)
+    padded_learner, _ = learner_of(trained, augment=plain)
+    padded = Batch(
+        torch.cat([batch.images, 255 - batch.images[:7]]),
+        torch.cat([batch.labels, batch.labels[:7]]),
+        torch.cat([batch.weight, torch.zeros(7)]),
+    )
+    assert padded_learner.step(padded, 0) == pytest.approx(learner.step(batch, 0), abs=1e-5)
+
+
+def test_bf16_gradients_agree_with_fp32_within_their_error(trained: Run) -> None:
+    """One step's gradients, seen through plain descent: AdamW's first step would show their sign alone."""
+    grads = {}
+    for precision in ("fp32", "bf16"):
+        learner, batch = learner_of(trained, precision=precision, model=replace(trained.config.model, init="paper"))
+        for optimizer in learner._optimizers:
+            optimizer.step = lambda: None
+            optimizer.zero_grad = lambda: None
+        learner.step(batch, 0)
+        assert all(p.dtype == torch.float32 for p in learner.model.parameters())
+        grads[precision] = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+    difference = (grads["bf16"] - grads["fp32"]).norm() / grads["fp32"].norm()
+    assert 1e-5 < difference < 0.02
+
+
+def test_bf16_learns_as_fp32_does(trained: Run) -> None:
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        learner, batch = learner_of(trained, precision=precision, num_steps=60)
+        curves[precision] = [learner.step(batch, step) for step in range(60)]
+    late = {k: sum(v[-10:]) / 10 for k, v in curves.items()}
+    assert late["fp32"] < 2.0
+    assert late["bf16"] == pytest.approx(late["fp32"], rel=0.1)
+
+
+def test_gradients_are_clipped(trained: Run) -> None:
+    learner, batch = learner_of(trained, optim=OptimConfig(clip_norm=1e-3))
+    norms = []
+    for optimizer in learner._optimizers:
+        optimizer.step = lambda: norms.append(
+            torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None]).norm().item()
+        )
+    learner.step(batch, 0)
+    assert max(norms) <= 1.001e-3
+
+
+def test_compile_gives_the_same_loss(trained: Run) -> None:
+    plain, batch = learner_of(trained)
+    compiled, _ = learner_of(trained, compile=True)
+    assert [compiled.step(batch, s) for s in range(3)] == pytest.approx(
+        [plain.step(batch, s) for s in range(3)], abs=1e-3
+    )
+
+
+# ── whole runs ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_leaves_json_and_safetensors_and_nothing_else(trained: Run) -> None:
+    suffixes = {p.suffix for p in trained.folder.rglob("*") if p.is_file()}
+    assert suffixes == {".json", ".jsonl", ".safetensors"}
+    config = json.loads((trained.folder / "config.json").read_text())
+    assert config["classes"] == list("0123456789")
+    assert config["preprocessing"]["image_size"] == 8
+    environment = json.loads((trained.folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.split("+")[0]
+    (row,) = trained.read_metrics()
+    assert row["step"] == config["num_steps"]
+    assert {"epoch", "train_loss", "val_loss", "val_accuracy", "lr", "images_per_s", "elapsed_s"} < set(row)
+    reread = load_run(trained.folder)
+    assert reread == trained
+    checkpoint = load_run(trained.checkpoints[-1])
+    for ours, theirs in zip(checkpoint.load_model().parameters(), reread.load_model().parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.weights)
+
+
+def test_one_seed_fixes_everything(tmp_path: Path) -> None:
+    a, b = (train(make_config(**SOFT), tmp_path / name) for name in "ab")
+    c = train(make_config(**SOFT, seed=1), tmp_path / "c")
+    assert all(torch.equal(weights(a)[k], v) for k, v in weights(b).items())
+    assert not torch.equal(weights(a)["head.weight"], weights(c)["head.weight"])
+
+
+@pytest.mark.parametrize("stop_after", [3, 21])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, stop_after: int) -> None:
+    config = make_config(**SOFT, budget="2epochs")
+    whole = train(config, tmp_path / "whole")
+
+    def interrupt(event: Event) -> None:
+        if event.task == "training" and event.done == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=f"stopped at step {stop_after}"):
+        train(config, tmp_path / "parts", interrupt)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    parts = resume(tmp_path / "parts")
+    assert all(torch.equal(weights(whole)[k], v) for k, v in weights(parts).items())
+    timeless = [
+        {k: v for k, v in row.items() if k not in ("images_per_s", "elapsed_s")} for row in whole.read_metrics()
+    ]
+    assert [{k: row[k] for k in timeless[0]} for row in parts.read_metrics()] == timeless
+    with pytest.raises(VitrailError, match="is finished"):
+        resume(tmp_path / "parts")
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash while a checkpoint is written leaves the one before it, and the run goes on from there."""
+    run_room = import_module("vitrail.run")
+    calls = []
+
+    def crash_at_second(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        save_file(tensors, path)
+
+    config = make_config(**SOFT, budget="3epochs")
+    monkeypatch.setattr(run_room, "save_file", crash_at_second)
+    with pytest.raises(OSError, match="disk full"):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert [c.name for c in load_run(tmp_path / "run").checkpoints] == ["step_00000021"]
+    resumed = resume(tmp_path / "run")
+    whole = train(config, tmp_path / "whole")
+    assert all(torch.equal(weights(whole)[k], v) for k, v in weights(resumed).items())
+    assert len(resumed.checkpoints) == 2
+
+
+def test_resume_refuses_changed_data(tmp_path: Path, colour_folder: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if event.task == "training":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(colour_config(colour_folder, optim=OptimConfig(batch_size=8)), tmp_path / "run", interrupt)
+    save_image(colour_folder / "train" / "red" / "0.png", (201, 0, 0))
+    with pytest.raises(VitrailError, match="has changed since"):
+        resume(tmp_path / "run")
+
+
+def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
+    runs: list[Run] = []
+    thread = threading.Thread(target=lambda: runs.append(train(make_config(), tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert runs[0].weights.exists()
+
+
+def test_a_budget_in_seconds_is_met(tmp_path: Path) -> None:
+    began = time.monotonic()
+    run = train(make_config(budget="8s"), tmp_path / "run")
+    spent = time.monotonic() - began
+    assert 4 < spent < 14
+    assert run.config.num_steps > 3
+    assert run.config.budget == "8s"
+
+
+def test_the_resolved_config_leaves_nothing_open(trained: Run) -> None:
+    config: ResolvedConfig = trained.config
+    assert (config.device, config.precision, config.threads) == ("cpu", "fp32", 1)
+    assert config.num_train + config.num_val + 359 == 1797
+    assert isinstance(config.asked(), RunConfig)
+    assert not isinstance(config.asked(), ResolvedConfig)
+
+
+def test_balanced_training_sees_rare_classes_as_often(tmp_path: Path, colour_folder: Path) -> None:
+    for i in range(3, 12):
+        (colour_folder / "train" / "red" / f"{i}.png").unlink()
+    config = colour_config(colour_folder)
+    run = train(replace(config, input=replace(config.input, balanced=True)), tmp_path / "run")
+    assert run.config.epoch_images == 33  # three classes, eleven of the largest left after val
+    assert run.config.num_train == 11 + 11 + 2
+
+
+def test_too_few_patches_are_warned_of(tmp_path: Path) -> None:
+    config = make_config(model=ModelConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2))
+    with pytest.warns(VitrailWarning, match=r"patch size 4 leaves 4 patches of a 8-pixel image.*50% on CIFAR-10"):
+        train(config, tmp_path / "run")
+
+
+def test_a_run_that_explodes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "step", lambda *_: float("nan"))
+    with pytest.raises(VitrailError, match="the loss became nan at step 0; try a lower --optim"):
+        train(make_config(), tmp_path / "run")
+
+
+def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused_at_once(trained: Run, tmp_path: Path) -> None:
+    with pytest.raises(VitrailError, match="already holds a run"):
+        train(make_config(data="nowhere"), trained.folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VitrailError, match="not a writable folder"):
+        train(make_config(data="nowhere"), tmp_path / "file" / "run")
+
+
+def test_models_that_do_not_fit_are_refused(trained: Run, tmp_path: Path) -> None:
+    with pytest.raises(VitrailError, match="no model at"):
+        load_run(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = json.loads((trained.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VitrailError, match="its training has not finished"):
+        load_run(folder).load_model()
+    save_file(load_file(trained.weights), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"classes": ["a", "b"]}))
+    with pytest.raises(VitrailError, match="tells 10 classes apart, its config names 2"):
+        load_run(folder).load_model()
+    (folder / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"depth": 5}}))
+    with pytest.raises(VitrailError, match="does not fit its config"):
+        load_run(folder).load_model()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(VitrailError, match="cannot read"):
+        load_run(folder).load_model()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(VitrailError, match="not valid JSON"):
+        load_run(folder)

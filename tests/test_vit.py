@@ -1,0 +1,165 @@
+"""The model: patches, agreement with timm, and that what `trace` shows is what `forward` does."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vitrail.config import ModelConfig
+from vitrail.errors import VitrailError
+from vitrail.pretrained import convert_timm
+from vitrail.vit import NEIGHBOUR_HEIGHT, Attention, RelPosBias, build_vit, drop_path, patchify, unpatchify
+
+
+@given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))
+def test_patchify_is_undone_by_unpatchify(batch: int, channels: int, patch: int, grid: int) -> None:
+    images = torch.randn(batch, channels, grid * patch, grid * patch)
+    patches = patchify(images, patch)
+    assert patches.shape == (batch, grid**2, channels * patch**2)
+    assert torch.equal(unpatchify(patches, patch), images)
+
+
+def test_patches_go_row_by_row_and_by_channel_within() -> None:
+    images = torch.arange(2 * 4 * 4).reshape(1, 2, 4, 4)
+    second = patchify(images, 2)[0, 1]
+    assert second.tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
+
+
+SHAPES = [
+    # image, channels, and the model
+    (32, 3, {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}),
+    (32, 3, {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 4.0}),
+    (28, 1, {"patch_size": 7, "embed_dim": 32, "depth": 1, "num_heads": 8, "mlp_ratio": 1.5}),
+    (16, 3, {"patch_size": 2, "embed_dim": 40, "depth": 2, "num_heads": 5, "mlp_ratio": 4.0, "pool": "mean"}),
+]
+
+
+@pytest.mark.parametrize(("size", "channels", "dimensions"), SHAPES)
+def test_logits_agree_with_timm(size: int, channels: int, dimensions: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    shared = {k: v for k, v in dimensions.items() if k != "pool"}
+    pool = "avg" if dimensions.get("pool") == "mean" else "token"
+    theirs = timm.models.VisionTransformer(
+        img_size=size, in_chans=channels, num_classes=7, global_pool=pool, fc_norm=False, **shared
+    ).eval()
+    for parameter in theirs.parameters():  # its fresh weights are too small for a difference to show
+        nn.init.normal_(parameter, std=0.2)
+    ours = build_vit(ModelConfig(**dimensions), size, channels, 7).eval()
+    ours.load_state_dict(convert_timm(theirs.state_dict()))
+    images = torch.randn(5, channels, size, size)
+    with torch.no_grad():
+        expected, logits = theirs(images), ours(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def build(**changes: object) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(1)
+    config = ModelConfig(**{"embed_dim": 32, "depth": 3, "num_heads": 4, **changes})
+    model = build_vit(config, 16, 3, 5).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model, torch.randn(2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "neighbour"])
+def test_trace_shows_what_forward_uses(rel_pos: str) -> None:
+    model, images = build(rel_pos=rel_pos)
+    used: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda _, __, output: used.append(output[1]))
+    with torch.no_grad():
+        logits = model(images)
+        seen_by_forward = torch.stack(used)
+        traced_logits, attention = model.trace(images)
+    assert attention.shape == (3, 2, 4, 17, 17)
+    assert torch.equal(traced_logits, logits)
+    assert torch.equal(attention, seen_by_forward)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 4, 17))
+    assert attention.min() >= 0
+
+
+def test_attention_is_the_papers_formula() -> None:
+    config = ModelConfig(embed_dim=12, num_heads=3)
+    attn = Attention(config, 4)
+    x = torch.randn(2, 17, 12)
+    out, weights = attn(x)
+    query, key, value = attn.qkv(x).split(12, dim=-1)
+    heads = []
+    for h in range(3):
+        q, k, v = (t[..., 4 * h : 4 * h + 4] for t in (query, key, value))
+        heads.append(torch.softmax(q @ k.mT / 4**0.5, dim=-1))
+        torch.testing.assert_close(weights[:, h], heads[-1])
+        heads[-1] = heads[-1] @ v
+    torch.testing.assert_close(out, attn.proj(torch.cat(heads, dim=-1)))
+
+
+def test_mean_pooling_ignores_the_class_token_and_cls_reads_it() -> None:
+    for pool, expect_change in (("cls", True), ("mean", False)):
+        model, images = build(pool=pool)
+        with torch.no_grad():
+            tokens = model.embed(images)
+            changed = tokens.clone()
+            changed[:, 0] = torch.randn(2, 32)
+            same = torch.allclose(model.classify(tokens), model.classify(changed))
+        assert same is not expect_change
+
+
+def test_neighbour_start_gives_each_head_one_neighbour() -> None:
+    torch.manual_seed(0)
+    bias = RelPosBias(grid_size=4, num_heads=8, start="neighbour")()
+    assert bias.shape == (8, 17, 17)
+    assert bias[:, 0].abs().max() == 0
+    assert bias[:, :, 0].abs().max() == 0
+    patch = 1 + 4 + 1  # row 1, column 1: all its neighbours are inside
+    targets = bias[:, patch].argmax(-1)
+    assert bias[:, patch].amax(-1).tolist() == [NEIGHBOUR_HEIGHT] * 8
+    offsets = {divmod(int(t) - 1, 4) for t in targets}
+    assert offsets == {(r, c) for r in (0, 1, 2) for c in (0, 1, 2)} - {(1, 1)}
+
+
+def test_relative_bias_depends_on_the_offset_alone() -> None:
+    rel_pos = RelPosBias(grid_size=3, num_heads=1, start="zero")
+    assert rel_pos().abs().max() == 0
+    nn.init.normal_(rel_pos.relative_position_bias_table)
+    bias = rel_pos()[0, 1:, 1:].reshape(3, 3, 3, 3)
+    assert bias[0, 0, 0, 1] == bias[1, 1, 1, 2] == bias[2, 0, 2, 1]
+    assert bias[0, 0, 0, 1] != bias[0, 1, 0, 0]
+
+
+def test_zero_residual_blocks_begin_as_the_identity() -> None:
+    torch.manual_seed(0)
+    model = build_vit(ModelConfig(init="zero_residual"), 32, 3, 10)
+    x = torch.randn(2, 65, 128)
+    assert torch.equal(model.blocks[3](x)[0], x)
+    assert model(torch.randn(2, 3, 32, 32)).abs().max() == 0
+
+
+def test_dropout_and_drop_path_work_in_training_only() -> None:
+    model, images = build(drop_rate=0.5, drop_path_rate=0.5)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+        model.train()
+        assert not torch.equal(model(images), model(images))
+    assert [block.drop_path_rate for block in model.blocks] == [0.0, 0.25, 0.5]
+    torch.manual_seed(0)
+    branch = torch.ones(2000, 3, 4)
+    dropped = drop_path(branch, 0.25, training=True)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert dropped.flatten(1).std(1).max() == 0  # an image is kept or dropped as a whole
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(4, 40), patch=st.integers(2, 20))
+def test_patch_must_divide_the_image(size: int, patch: int) -> None:
+    config = ModelConfig(patch_size=patch, embed_dim=8, depth=1, num_heads=1)
+    if size % patch == 0:
+        assert build_vit(config, size, 1, 2).pos_embed.shape[1] == (size // patch) ** 2 + 1
+    else:
+        with pytest.raises(VitrailError, match=f"patch size {patch} does not divide the image size {size}"):
+            build_vit(config, size, 1, 2)
