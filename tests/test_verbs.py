@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import vitrail
 from conftest import COLOURS, save_image
@@ -21,7 +20,7 @@ from vitrail.cli import main
 from vitrail.data import ImageSet
 from vitrail.errors import VitrailError, ignore_events
 from vitrail.evaluate import compute_logits, evaluate
-from vitrail.metrics import compute_metrics, weighted_cross_entropy, wilson_interval
+from vitrail.metrics import compute_metrics, wilson_interval
 from vitrail.run import Run
 
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────
@@ -53,15 +52,6 @@ def test_wilson_interval_against_the_textbook() -> None:
     assert (low, high) == (pytest.approx(0.1910, abs=1e-4), pytest.approx(0.4375, abs=1e-4))
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
-
-
-def test_weighted_loss_takes_hard_and_soft_labels_alike() -> None:
-    logits = torch.randn(6, 4)
-    labels, weight = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1.0, 1, 1, 1, 0, 0])
-    hard = weighted_cross_entropy(logits, labels, weight, 0.1)
-    soft = weighted_cross_entropy(logits, nn.functional.one_hot(labels, 4).float(), weight, 0.1)
-    torch.testing.assert_close(hard, soft)
-    torch.testing.assert_close(hard, nn.functional.cross_entropy(logits[:4], labels[:4], label_smoothing=0.1))
 
 
 def test_logits_are_those_of_each_image_whatever_the_padding(trained: Run) -> None:

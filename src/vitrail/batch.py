@@ -20,6 +20,11 @@ class Batch:
     labels: Tensor
     weight: Tensor
 
+    def split(self, count: int) -> list["Batch"]:
+        """The batch in `count` parts of nearly equal size, in order; fewer if it has fewer images."""
+        columns = (t.tensor_split(count) for t in (self.images, self.labels, self.weight))
+        return [Batch(*part) for part in zip(*columns, strict=True) if len(part[1])]
+
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Pixel values 0..255 (uint8, or float) [B, C, S, S] to the model's float input, mean 0 and std 1 by channel."""

@@ -74,9 +74,9 @@ class OptimConfig:
     """Muon for the hidden matrices with AdamW for the rest, or AdamW for all."""
     batch_size: int = 128
     """Images per step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of AdamW."""
-    muon_lr: float = 0.02
+    muon_lr: float = 0.005
     """Peak learning rate of Muon."""
     weight_decay: float = 0.05
     """AdamW's weight decay, on matrices only."""

@@ -1,29 +1,35 @@
 """One training step, and all the state it moves."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.augment import Augment
 from vitrail.batch import Batch
 from vitrail.config import ResolvedConfig
-from vitrail.metrics import weighted_cross_entropy
 from vitrail.optim import build_ema, build_optimizers, set_lr
 from vitrail.schedule import lr_factor
 from vitrail.vit import build_vit
+
+# More replicas than this were never measured; the threads beyond them go to the replicas' own operations.
+MAX_REPLICAS = 4
 
 
 class Learner:
     """The model, its optimizers and its average, moved one step at a time.
 
-    The weights live in fp32. In bf16 a second copy of the model, refreshed from them once a step,
-    runs forward and backward, and its gradients come back in fp32: no weight is ever cast twice, and
-    activations stay in bf16 throughout. In fp32 the copy is the model itself.
+    The weights live in fp32. Replicas in the working precision, refreshed from them once a step, run
+    forward and backward on a part of the batch each, and their gradients are summed in fp32: no weight
+    is cast twice, and in bf16 activations stay so throughout. On a CPU there is a replica per thread,
+    which beats threads that share each operation (by 10% on two cores); elsewhere there is one.
 
-    A step is a pure function of this state, the batch and the step's number: dropout is drawn from a
-    seed of its own for each step.
+    A step is a pure function of this state, the batch and the step's number: parts and sums have a
+    fixed order, and dropout, which draws from one generator in turn, keeps to one replica.
     """
 
     def __init__(self, config: ResolvedConfig) -> None:
@@ -33,9 +39,13 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes))
         self.model.to(self._device).train()
-        self._worker = self.model if config.precision == "fp32" else copy.deepcopy(self.model).bfloat16()
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        self._forward = torch.compile(self._worker) if config.compile else self._worker
+        num_replicas = count_replicas(config)
+        self._replicas = [copy.deepcopy(self.model).to(self._dtype) for _ in range(num_replicas)]
+        self._forwards = [torch.compile(r) if config.compile else r for r in self._replicas]
+        self._pool = ThreadPoolExecutor(
+            num_replicas, "replica", torch.set_num_threads, (config.threads // num_replicas,)
+        )
         self._optimizers = build_optimizers(self.model, config.optim)
         self._ema = build_ema(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
@@ -44,13 +54,9 @@ class Learner:
         """Learn from one batch of uint8 images at step number `step`; returns the loss in nats."""
         torch.manual_seed(self._seed * 1_000_003 + step)
         batch = self._augment(batch, step * self._config.batch_size)
-        images = batch.images.to(self._device, self._dtype)
-        self._refresh_worker()
-        logits = self._forward(images).float()
-        loss = weighted_cross_entropy(
-            logits, batch.labels.to(self._device), batch.weight.to(self._device), self._config.label_smoothing
-        )
-        loss.backward()
+        self._refresh_replicas()
+        parts = batch.split(len(self._replicas))
+        loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(batch.weight.sum())))
         self._collect_gradients()
         if self._config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip_norm)
@@ -60,6 +66,16 @@ class Learner:
             optimizer.zero_grad()
         if self._ema is not None:
             self._ema.update_parameters(self.model)
+        return loss
+
+    def _backward(self, forward: Callable[[Tensor], Tensor], part: Batch, total_weight: Tensor) -> float:
+        """A part's share of the batch's mean loss, with its gradients left in the replica."""
+        logits = forward(part.images.to(self._device, self._dtype)).float()
+        losses = F.cross_entropy(
+            logits, part.labels.to(self._device), label_smoothing=self._config.label_smoothing, reduction="none"
+        )
+        loss = (losses * part.weight.to(self._device)).sum() / total_weight
+        loss.backward()
         return loss.item()
 
     def lr_factor(self, step: int) -> float:
@@ -67,17 +83,19 @@ class Learner:
         return lr_factor(step, self._num_steps, self._config.warmup_fraction, self._config.decay)
 
     @torch.no_grad()
-    def _refresh_worker(self) -> None:
-        if self._worker is not self.model:
-            for working, parameter in zip(self._worker.parameters(), self.model.parameters(), strict=True):
+    def _refresh_replicas(self) -> None:
+        for replica in self._replicas:
+            for working, parameter in zip(replica.parameters(), self.model.parameters(), strict=True):
                 working.copy_(parameter)
 
     def _collect_gradients(self) -> None:
-        if self._worker is self.model:
-            return
-        for parameter, working in zip(self.model.parameters(), self._worker.parameters(), strict=True):
-            assert working.grad is not None
-            parameter.grad, working.grad = working.grad.float(), None
+        for parameter, *workings in zip(
+            self.model.parameters(), *(r.parameters() for r in self._replicas), strict=True
+        ):
+            gradients = [working.grad for working in workings if working.grad is not None]
+            parameter.grad = torch.stack(gradients).sum(0, dtype=torch.float32)
+            for working in workings:
+                working.grad = None
 
     @property
     def result(self) -> nn.Module:
@@ -111,6 +129,14 @@ class Learner:
                 index, slot = name.split(".", 1)
                 slots.setdefault(int(index), {})[slot] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def count_replicas(config: ResolvedConfig) -> int:
+    """How many replicas share a batch: one for each CPU thread, up to four, where nothing speaks against it."""
+    drops = config.model.drop_rate > 0 or config.model.drop_path_rate > 0
+    if config.device != "cpu" or config.compile or drops:
+        return 1
+    return min(config.threads, MAX_REPLICAS, config.optim.batch_size)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

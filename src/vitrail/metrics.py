@@ -63,9 +63,3 @@ def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, 
     centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
-    """The mean loss over the images that count. Shapes as in `Batch`; `logits` [B, K]."""
-    losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-    return (losses * weight).sum() / weight.sum()

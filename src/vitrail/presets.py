@@ -13,7 +13,7 @@ PRESETS: dict[str, RunConfig] = {
         data="digits",
         budget="40s",
         model=ModelConfig(patch_size=2, embed_dim=64, depth=4, num_heads=8, rel_pos="neighbour", init="zero_residual"),
-        optim=OptimConfig(batch_size=64, lr=2e-3),
+        optim=OptimConfig(batch_size=64, lr=2e-3, muon_lr=0.01),
         augment=AugmentConfig(crop_padding=1, flip=False),
     ),
     "quick": RunConfig(
