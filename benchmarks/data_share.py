@@ -15,11 +15,12 @@ from dataclasses import replace
 import torch
 
 from vitrail.augment import Augment
-from vitrail.config import AugmentConfig, ResolvedConfig, RunConfig
+from vitrail.config import AugmentConfig, ResolvedConfig
 from vitrail.data import ImageSet, SampleStream, load_training_data
 from vitrail.errors import ignore_events
 from vitrail.learner import Learner
 from vitrail.presets import get_preset
+from vitrail.resolve import choose_machine, prepare_cpu, resolve
 
 NUM_STEPS = 15
 CHOICES = {
@@ -27,24 +28,6 @@ CHOICES = {
     "trivialaugment": AugmentConfig(policy="trivialaugment"),
     "randaugment, erasing, mixup, cutmix": AugmentConfig(policy="randaugment", erasing=0.25, mixup=0.8, cutmix=1.0),
 }
-
-
-def resolve(preset: RunConfig, data: str) -> tuple[ResolvedConfig, ImageSet]:
-    """The preset's config on this data, with only what a step needs filled in."""
-    train_set, val_set, preprocessing = load_training_data(replace(preset, data=data), ignore_events)
-    asked = {name: getattr(preset, name) for name in RunConfig.__dataclass_fields__}
-    config = ResolvedConfig(
-        **(asked | {"data": data, "device": "cpu", "precision": "bf16", "threads": torch.get_num_threads()}),
-        classes=train_set.class_names,
-        preprocessing=preprocessing,
-        num_train=len(train_set),
-        num_val=len(val_set),
-        num_skipped=0,
-        epoch_images=len(train_set),
-        num_steps=NUM_STEPS,
-        data_sha256="",
-    )
-    return config, train_set
 
 
 def measure(config: ResolvedConfig, train_set: ImageSet) -> float:
@@ -68,8 +51,10 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--preset", default="quick")
     arguments = parser.parse_args()
-    preset = get_preset(arguments.preset)
-    config, train_set = resolve(preset, arguments.data)
+    preset = choose_machine(replace(get_preset(arguments.preset), data=arguments.data))
+    prepare_cpu(preset.threads)
+    train_set, val_set, preprocessing = load_training_data(preset, ignore_events)
+    config = replace(resolve(preset, train_set, val_set, preprocessing), num_steps=NUM_STEPS)
     shares = {
         name: measure(replace(config, augment=choice or preset.augment), train_set) for name, choice in CHOICES.items()
     }

@@ -18,8 +18,9 @@ from conftest import colour_config, make_config, save_image
 from vitrail.batch import Batch
 from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, ResolvedConfig, RunConfig
 from vitrail.errors import Event, VitrailError, VitrailWarning
-from vitrail.learner import Learner
+from vitrail.learner import Learner, count_replicas
 from vitrail.optim import build_ema, build_optimizers, set_lr, split_parameters
+from vitrail.resolve import has_compiler
 from vitrail.run import Run, load_run
 from vitrail.train import Interrupted, resume, train
 from vitrail.vit import build_vit
@@ -56,6 +57,10 @@ def test_weight_decay_is_on_matrices_only_and_muon_on_hidden_ones() -> None:
     assert isinstance(muon, torch.optim.Muon)
     assert muon.param_groups[0]["params"] == hidden
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.05, 0.0]
+    _, first, second, third = build_optimizers(model, OptimConfig(), num_muons=3)
+    shared = [o.param_groups[0]["params"] for o in (first, second, third)]
+    assert sorted(id(p) for part in shared for p in part) == sorted(map(id, hidden))
+    assert [len(part) for part in shared] == [2, 1, 1]
     (only,) = build_optimizers(model, OptimConfig(optimizer="adamw"))
     assert only.param_groups[0]["params"] == hidden + matrices
 
@@ -142,6 +147,32 @@ def test_bf16_learns_as_fp32_does(trained: Run) -> None:
     assert late["bf16"] == pytest.approx(late["fp32"], rel=0.1)
 
 
+def test_replicas_learn_what_one_would(trained: Run) -> None:
+    """Parts of 22, 21 and 21 images, one of them with padding, give the loss and weights of the whole batch."""
+    one, batch = learner_of(trained, threads=1)
+    three, _ = learner_of(trained, threads=3)
+    batch = replace(batch, weight=torch.cat([torch.ones(60), torch.zeros(4)]))
+    assert (count_replicas(replace(trained.config, threads=1)), count_replicas(replace(trained.config, threads=3))) == (
+        1,
+        3,
+    )
+    losses = [(one.step(batch, step), three.step(batch, step)) for step in range(4)]
+    for alone, shared in losses:
+        assert shared == pytest.approx(alone, abs=1e-4)
+    assert losses[3][0] < losses[0][0] - 0.02
+    for a, b in zip(one.model.parameters(), three.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_dropout_and_compile_keep_to_one_replica(trained: Run) -> None:
+    config = replace(trained.config, threads=4)
+    assert count_replicas(config) == 4
+    assert count_replicas(replace(config, threads=16)) == 4
+    assert count_replicas(replace(config, compile=True)) == 1
+    assert count_replicas(replace(config, model=replace(config.model, drop_rate=0.1))) == 1
+    assert count_replicas(replace(config, model=replace(config.model, drop_path_rate=0.1))) == 1
+
+
 def test_gradients_are_clipped(trained: Run) -> None:
     learner, batch = learner_of(trained, optim=OptimConfig(clip_norm=1e-3))
     norms = []
@@ -153,7 +184,11 @@ def test_gradients_are_clipped(trained: Run) -> None:
     assert max(norms) <= 1.001e-3
 
 
-def test_compile_gives_the_same_loss(trained: Run) -> None:
+def test_compile_gives_the_same_loss_or_asks_for_a_compiler(trained: Run, tmp_path: Path) -> None:
+    if not has_compiler():
+        with pytest.raises(VitrailError, match="compile needs a C\\+\\+ compiler"):
+            train(make_config(compile=True), tmp_path / "run")
+        return
     plain, batch = learner_of(trained)
     compiled, _ = learner_of(trained, compile=True)
     assert [compiled.step(batch, s) for s in range(3)] == pytest.approx(
@@ -283,6 +318,20 @@ def test_balanced_training_sees_rare_classes_as_often(tmp_path: Path, colour_fol
     run = train(replace(config, input=replace(config.input, balanced=True)), tmp_path / "run")
     assert run.config.epoch_images == 33  # three classes, eleven of the largest left after val
     assert run.config.num_train == 11 + 11 + 2
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(VitrailError, match=r"compile needs a C\+\+ compiler"):
+        train(make_config(compile=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_replicated_runs_resume_to_the_bit(tmp_path: Path) -> None:
+    config = make_config(threads=2, budget="0.6epochs")
+    whole, again = (train(config, tmp_path / name) for name in ("whole", "again"))
+    assert all(torch.equal(weights(whole)[k], v) for k, v in weights(again).items())
 
 
 def test_too_few_patches_are_warned_of(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Learner:
         self._pool = ThreadPoolExecutor(
             num_replicas, "replica", torch.set_num_threads, (config.threads // num_replicas,)
         )
-        self._optimizers = build_optimizers(self.model, config.optim)
+        self._optimizers = build_optimizers(self.model, config.optim, num_muons=num_replicas)
         self._ema = build_ema(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
 
@@ -61,9 +61,7 @@ class Learner:
         if self._config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip_norm)
         set_lr(self._optimizers, self.lr_factor(step))
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        list(self._pool.map(_update, self._optimizers))
         if self._ema is not None:
             self._ema.update_parameters(self.model)
         return loss
@@ -129,6 +127,11 @@ class Learner:
                 index, slot = name.split(".", 1)
                 slots.setdefault(int(index), {})[slot] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def count_replicas(config: ResolvedConfig) -> int:

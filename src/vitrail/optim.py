@@ -31,9 +31,13 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return hidden, matrices, rest
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig, num_muons: int = 1) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101) for everything, or Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) for the hidden matrices and AdamW for the rest."""
+    kellerjordan.github.io/posts/muon) for the hidden matrices and AdamW for the rest.
+
+    The hidden matrices may be dealt out to several Muons, to step side by side: each matrix moves alone,
+    so the result is the same.
+    """
     hidden, matrices, rest = split_parameters(model)
     adamw_matrices = matrices if config.optimizer == "muon" else hidden + matrices
     groups = [
@@ -43,9 +47,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), foreach=True)
     ]
-    if config.optimizer == "muon":
-        muon = torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.muon_weight_decay, momentum=0.95)
-        optimizers.append(muon)
+    for i in range(num_muons if config.optimizer == "muon" else 0):
+        optimizers.append(
+            torch.optim.Muon(
+                hidden[i::num_muons], lr=config.muon_lr, weight_decay=config.muon_weight_decay, momentum=0.95
+            )
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -1,33 +1,26 @@
-"""Training: the loop, and what a run resolves before its first step."""
+"""Training: from a config to a finished run, and on from where one stopped."""
 
-import ctypes
 import math
-import os
-import platform
 import signal
-import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-from vitrail.config import MIN_TOKENS, Budget, Preprocessing, ResolvedConfig, RunConfig, check_patches
+from vitrail.config import ResolvedConfig, RunConfig
 from vitrail.data import ImageSet, SampleStream, fingerprint, load_training_data
-from vitrail.errors import Event, Listener, VitrailError, VitrailWarning, ignore_events
+from vitrail.errors import Event, Listener, VitrailError, ignore_events
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
+from vitrail.resolve import choose_machine, plan_num_steps, prepare_cpu, resolve
 from vitrail.run import Run, check_vacant, create_run, load_run
-from vitrail.schedule import plan_steps
 
 CHECKPOINT_EVERY_S = 300
-PROBE_S = 5.0
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on
@@ -41,29 +34,14 @@ def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events
         VitrailError: if the config, the data or the folder will not do; nothing is left behind then.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
-    began = time.monotonic()
     check_vacant(Path(out))
-    device, threads = _choose_device(config), config.threads or _num_cores()
-    _prepare_cpu(threads)
+    began = time.monotonic()
+    config = choose_machine(config)
+    prepare_cpu(config.threads)
     train_set, val_set, preprocessing = load_training_data(config, listener)
-    _check_model(config, preprocessing)
-    stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
-    asked: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-    chosen: dict[str, Any] = {"device": device, "threads": threads, "precision": _choose_precision(config, device)}
-    resolved = ResolvedConfig(
-        **(asked | chosen),
-        classes=train_set.class_names,
-        preprocessing=preprocessing,
-        num_train=len(train_set),
-        num_val=len(val_set),
-        num_skipped=train_set.num_skipped + val_set.num_skipped,
-        epoch_images=stream.epoch_images,
-        num_steps=1,
-        data_sha256=fingerprint(train_set, val_set),
-    )
-    num_steps = _plan_num_steps(resolved, stream, train_set, val_set, began)
-    run = create_run(Path(out), replace(resolved, num_steps=num_steps))
-    return _fit(run, train_set, val_set, listener)
+    resolved = resolve(config, train_set, val_set, preprocessing)
+    num_steps = plan_num_steps(resolved, train_set, val_set, spent_s=time.monotonic() - began)
+    return _fit(create_run(Path(out), replace(resolved, num_steps=num_steps)), train_set, val_set, listener)
 
 
 def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
@@ -76,7 +54,7 @@ def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
     if run.weights.exists():
         raise VitrailError(f"{run.folder} is finished; nothing is left to resume")
     config = run.config
-    _prepare_cpu(config.threads)
+    prepare_cpu(config.threads)
     train_set, val_set, _ = load_training_data(config, listener)
     if fingerprint(train_set, val_set) != config.data_sha256:
         raise VitrailError(f"{config.data} has changed since {run.folder} began; resume needs the very same images")
@@ -187,76 +165,3 @@ def _stop_signals() -> Generator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:
-    """Raise VitrailError if the patches do not fit the image; warn if they are too few."""
-    num_patches = check_patches(config.model, preprocessing.image_size)
-    if num_patches < MIN_TOKENS:
-        warnings.warn(
-            f"patch size {config.model.patch_size} leaves {num_patches} patches of a "
-            f"{preprocessing.image_size}-pixel image; with fewer than {MIN_TOKENS} a ViT sees too little of where "
-            "things are (the usual cause of 50% on CIFAR-10); use a smaller --model.patch-size",
-            VitrailWarning,
-            stacklevel=3,
-        )
-
-
-def _plan_num_steps(
-    config: ResolvedConfig, stream: SampleStream, train_set: ImageSet, val_set: ImageSet, began: float
-) -> int:
-    """Turn the budget into steps; one in minutes is first probed with a learner that is then thrown away."""
-    budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
-    step_s = val_s = 0.0
-    if budget.unit == "s":
-        learner, times = Learner(config), list[float]()
-        probe_until = time.monotonic() + min(PROBE_S, 0.1 * budget.amount)
-        while time.monotonic() < probe_until or len(times) < 3:
-            start = time.monotonic()
-            learner.step(train_set.take(stream.indices(len(times) * batch_size, batch_size)), 0)
-            times.append(time.monotonic() - start)
-        step_s = statistics.median(times[1:])  # the first one also warms up
-        part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
-        start = time.monotonic()
-        compute_logits(learner.working_copy(), part, config.preprocessing)
-        val_s = (time.monotonic() - start) * len(val_set) / len(part)
-    budget = replace(budget, amount=budget.amount - (time.monotonic() - began)) if budget.unit == "s" else budget
-    return plan_steps(budget, stream.epoch_images, batch_size, step_s, val_s)
-
-
-def _prepare_cpu(threads: int) -> None:
-    """Set the threads, and have glibc keep freed memory instead of returning it to the system.
-
-    A step frees and takes again the same large tensors; giving them back costs a page fault for every
-    4 KiB, about a tenth of the step (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD). Other C libraries
-    are left alone.
-    """
-    torch.set_num_threads(threads)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)
-        libc.mallopt(-1, 2**31 - 1)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _choose_device(config: RunConfig) -> str:
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if config.device == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[config.device]:
-        raise VitrailError(f"device {config.device} is not on this machine; leave --device out or give cpu")
-    return config.device
-
-
-def _choose_precision(config: RunConfig, device: str) -> Literal["fp32", "bf16"]:
-    """bf16 where it is fast: a GPU that has it, a CPU with AVX512-BF16 or AMX."""
-    if config.precision != "auto":
-        return config.precision
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    fast = device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return "bf16" if fast else "fp32"

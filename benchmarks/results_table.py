@@ -1,0 +1,84 @@
+"""The README's table of results, and the learning curves, from finished runs that have been evaluated.
+
+    vitrail train quick --data ../shared/cifar10 --budget 31min --out runs/half-hour
+    vitrail evaluate runs/half-hour --split val && vitrail evaluate runs/half-hour --split test
+    python benchmarks/results_table.py runs/half-hour --out docs/results
+
+Prints a Markdown table, and copies what it was made from to `docs/results/<run>/` with a picture of the curve.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from vitrail.run import Run, load_run
+
+KEPT = ("config.json", "metrics.jsonl", "evaluation-val.json", "evaluation-test.json")
+
+
+def accuracy(run: Run, split: str) -> str:
+    """The accuracy of an evaluated split with its 95% interval, in percent."""
+    figures = json.loads((run.folder / f"evaluation-{split}.json").read_text())
+    low, high = 100 * figures["accuracy_low"], 100 * figures["accuracy_high"]
+    return f"{100 * figures['accuracy']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def table_row(run: Run) -> str:
+    """One run as a row: command, minutes, passes, parameters, PFLOP, val and test accuracy."""
+    config, last = run.config, run.read_metrics()[-1]
+    model = config.model
+    num_parameters = sum(p.numel() for p in run.load_model().parameters())
+    tokens = (config.preprocessing.image_size // model.patch_size) ** 2 + 1
+    per_token = (4 + 2 * model.mlp_ratio) * model.embed_dim**2 + 2 * tokens * model.embed_dim
+    images = config.num_steps * config.optim.batch_size
+    pflop = 6 * images * tokens * model.depth * per_token / 1e15
+    cells = (
+        f"`vitrail train {config.preset} --budget {config.budget} --seed {config.seed} --data {config.data}`",
+        f"{last['elapsed_s'] / 60:.1f}",
+        f"{last['epoch']:.1f}",
+        f"{num_parameters / 1e6:.2f} M",
+        f"{pflop:.2f}",
+        accuracy(run, "val"),
+        accuracy(run, "test"),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw_curve(run: Run, picture: Path) -> None:
+    """Training loss and validation accuracy over the minutes of a run."""
+    rows = run.read_metrics()
+    minutes = [row["elapsed_s"] / 60 for row in rows]
+    figure = Figure(figsize=(6, 3.2), dpi=120, layout="constrained")
+    left = figure.subplots()
+    left.plot(minutes, [100 * row["val_accuracy"] for row in rows], "o-", color="tab:blue", markersize=3)
+    left.set(xlabel="minutes", title=f"{run.folder.name}: {run.config.preset}, seed {run.config.seed}")
+    left.set_ylabel("val accuracy, %", color="tab:blue")
+    left.grid(alpha=0.3)
+    right = left.twinx()
+    right.plot(minutes, [row["train_loss"] for row in rows], color="tab:orange")
+    right.set_ylabel("train loss, nats (smoothed labels)", color="tab:orange")
+    figure.savefig(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    print("| command | minutes | passes | parameters | PFLOP | val, % | test, % |")
+    print("|---|---|---|---|---|---|---|")
+    for folder in arguments.runs:
+        run = load_run(folder)
+        kept = arguments.out / folder.name
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(folder / name, kept / name)
+        draw_curve(run, kept / "curve.png")
+        print(table_row(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What a run derives, once, before its first step: from the machine, from the data, from the budget."""
+
+import ctypes
+import os
+import platform
+import shutil
+import statistics
+import time
+import warnings
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+
+from vitrail.config import MIN_TOKENS, Budget, Preprocessing, ResolvedConfig, RunConfig, check_patches
+from vitrail.data import ImageSet, SampleStream, fingerprint
+from vitrail.errors import VitrailError, VitrailWarning
+from vitrail.evaluate import compute_logits
+from vitrail.learner import Learner
+from vitrail.schedule import plan_steps
+
+PROBE_S = 10.0
+PROBE_SHARE = 0.1
+
+
+def choose_machine(config: RunConfig) -> RunConfig:
+    """The config with device, precision and threads chosen where it left them open.
+
+    Raises:
+        VitrailError: if it asks for what this machine does not have.
+    """
+    device = _choose_device(config)
+    if config.compile and device == "cpu" and not has_compiler():
+        raise VitrailError("--compile needs a C++ compiler and none is found; install g++ or leave --compile out")
+    precision = _choose_precision(config, device)
+    return replace(config, device=device, precision=precision, threads=config.threads or _num_cores())
+
+
+def resolve(config: RunConfig, train_set: ImageSet, val_set: ImageSet, preprocessing: Preprocessing) -> ResolvedConfig:
+    """The config with all that the data decides; its `num_steps`, which takes a probe, is 1 as yet.
+
+    Raises:
+        VitrailError: if the patches do not fit the images. Warns if they are too few.
+    """
+    _check_model(config, preprocessing)
+    asked: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    return ResolvedConfig(
+        **asked,
+        classes=train_set.class_names,
+        preprocessing=preprocessing,
+        num_train=len(train_set),
+        num_val=len(val_set),
+        num_skipped=train_set.num_skipped + val_set.num_skipped,
+        epoch_images=SampleStream(train_set.labels, config.seed, config.input.balanced).epoch_images,
+        num_steps=1,
+        data_sha256=fingerprint(train_set, val_set),
+    )
+
+
+def plan_num_steps(config: ResolvedConfig, train_set: ImageSet, val_set: ImageSet, spent_s: float) -> int:
+    """Turn the budget, of which `spent_s` is gone, into a number of steps.
+
+    A budget in minutes is probed with a learner that is then thrown away.
+    """
+    budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
+    if budget.unit == "epochs":
+        return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
+    began = time.monotonic()
+    learner, times = Learner(config), list[float]()
+    while time.monotonic() - began < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 3:
+        start = time.monotonic()
+        learner.step(train_set.take(torch.arange(batch_size) % len(train_set)), 0)
+        times.append(time.monotonic() - start)
+    part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
+    start = time.monotonic()
+    compute_logits(learner.working_copy(), part, config.preprocessing)
+    val_s = (time.monotonic() - start) * len(val_set) / len(part)
+    left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
+    # The first step also warms up, so it does not count.
+    return plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
+
+
+def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:
+    """Raise VitrailError if the patches do not fit the image; warn if they are too few."""
+    num_patches = check_patches(config.model, preprocessing.image_size)
+    if num_patches < MIN_TOKENS:
+        warnings.warn(
+            f"patch size {config.model.patch_size} leaves {num_patches} patches of a "
+            f"{preprocessing.image_size}-pixel image; with fewer than {MIN_TOKENS} a ViT sees too little of where "
+            "things are (the usual cause of 50% on CIFAR-10); use a smaller --model.patch-size",
+            VitrailWarning,
+            stacklevel=4,
+        )
+
+
+def prepare_cpu(threads: int) -> None:
+    """Set the threads, and have glibc keep freed memory instead of returning it to the system.
+
+    A step frees and takes again the same large tensors; giving them back costs a page fault for every
+    4 KiB, about a tenth of the step (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD). Other C libraries
+    are left alone.
+    """
+    torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile will find a C++ compiler for the CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_device(config: RunConfig) -> Literal["cpu", "cuda", "mps"]:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[config.device]:
+        raise VitrailError(f"device {config.device} is not on this machine; leave --device out or give cpu")
+    return config.device
+
+
+def _choose_precision(config: RunConfig, device: str) -> Literal["fp32", "bf16"]:
+    """bf16 where it is fast: a GPU that has it, a CPU with AVX512-BF16 or AMX."""
+    if config.precision != "auto":
+        return config.precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    fast = device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bf16" if fast else "fp32"

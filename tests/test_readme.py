@@ -1,0 +1,49 @@
+"""What the READMEs tell people to type is what the command line takes, and the links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vitrail.cli import _parse, _preset_config, _take_preset
+from vitrail.flags import EvaluateFlags, PredictFlags, TrainFlags
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {
+        (page.name, line)
+        for page in PAGES
+        for line in re.findall(r"vitrail ((?:train|evaluate|predict) [^`#\n]*)", page.read_text())
+    }
+)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert {"README.md", "README.ko.md"} <= {page for page, _ in COMMANDS}
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_parse(page: str, command: str) -> None:
+    verb, *arguments = shlex.split(command)
+    if "--help" in arguments:
+        return
+    if verb == "train":
+        preset, arguments = _take_preset(arguments)
+        flags = _parse(TrainFlags, verb, arguments, TrainFlags(_preset_config(preset)))
+        assert flags.resume or flags.config.data
+    else:
+        _parse(EvaluateFlags if verb == "evaluate" else PredictFlags, verb, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_both_readmes_begin_with_demo_and_test() -> None:
+    for name in ("README.md", "README.ko.md"):
+        first_block = (ROOT / name).read_text().split("```sh\n")[1].split("```")[0]
+        assert [line.split("#")[0].strip() for line in first_block.strip().splitlines()] == ["make demo", "make test"]
