@@ -124,7 +124,7 @@ def _read_cifar10() -> dict[str, Records]:
     """CIFAR-10 from the cache, else from its home, else the parquet copy on the Hugging Face hub."""
     folder = cache_dir() / "cifar10"
     parquet = folder / "hub"
-    if not (folder / "cifar-10-batches-py").is_dir() and any(parquet.glob("test-*.parquet")):
+    if any(parquet.glob("test-*.parquet")):
         return _read_parquet(parquet)
     from torchvision.datasets import CIFAR10
 
