@@ -36,7 +36,7 @@ class ProgressDisplay:
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -67,12 +67,17 @@ class ProgressDisplay:
     def _print_line(self, event: Event) -> None:
         """A line for each milestone, else one a minute, so that short tasks stay silent."""
         now = time.monotonic()
-        began = self._began.setdefault(event.task, now)
+        # A resumed run begins part of the way, so the pace counts from the first event.
+        began, done_before = self._began.setdefault(event.task, (now, event.done))
         if event.milestone or now - self._last_line.get(event.task, began) > PLAIN_LINE_EVERY_S:
             self._last_line[event.task] = now
-            left = (now - began) / event.done * (event.total - event.done)
-            line = f"{event.task} {event.done}/{event.total}  {_figures(event.fields)}  {left / 60:.1f} min left"
-            print(line, file=sys.stderr, flush=True)
+            pace = (now - began) / max(1, event.done - done_before)
+            left = f"{pace * (event.total - event.done) / 60:.1f} min left"
+            print(
+                f"{event.task} {event.done}/{event.total}  {_figures(event.fields)}  {left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _figures(fields: Mapping[str, float | str]) -> str:

@@ -77,6 +77,15 @@ class _Progress:
         self.pass_s += seconds
         self.elapsed_s += seconds
 
+    def figures(self, config: ResolvedConfig) -> dict[str, float]:
+        """What there is to tell of the pass so far."""
+        return {
+            "step": self.step,
+            "epoch": self.step * config.optim.batch_size / config.epoch_images,
+            "train_loss": self.pass_loss / self.pass_steps,
+            "images_per_s": self.pass_steps * config.optim.batch_size / self.pass_s,
+        }
+
 
 def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -> Run:
     """Train from the newest checkpoint, or from the start, to the last step."""
@@ -95,23 +104,18 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -
             began = time.monotonic()
             batch = train_set.take(stream.indices(progress.step * batch_size, batch_size))
             progress.add(_checked(learner.step(batch, progress.step), progress.step), time.monotonic() - began)
-            seen = progress.step * batch_size
-            row = {
-                "step": progress.step,
-                "epoch": seen / config.epoch_images,
-                "train_loss": progress.pass_loss / progress.pass_steps,
-                "lr": config.optim.lr * learner.lr_factor(progress.step - 1),
-                "images_per_s": progress.pass_steps * batch_size / progress.pass_s,
-            }
+            row = progress.figures(config) | {"lr": config.optim.lr * learner.lr_factor(progress.step - 1)}
             finished = progress.step == config.num_steps
-            pass_ended = finished or seen % config.epoch_images < batch_size
+            pass_ended = finished or progress.step * batch_size % config.epoch_images < batch_size
             if pass_ended:
                 row |= _validate(learner, val_set, config, progress)
                 rows.append(row)
                 run.write_metrics(rows)
             elif rows:
                 row["val_accuracy"] = rows[-1]["val_accuracy"]
-            listener(_as_event(row, config.num_steps, pass_ended))
+            listener(
+                Event(task="training", done=progress.step, total=config.num_steps, fields=row, milestone=pass_ended)
+            )
             if pass_ended or stop_requested() or time.monotonic() - last_saved > CHECKPOINT_EVERY_S:
                 run.save_checkpoint(learner.state(), asdict(progress))
                 last_saved = time.monotonic()
@@ -130,10 +134,6 @@ def _validate(learner: Learner, val_set: ImageSet, config: ResolvedConfig, progr
     progress.elapsed_s += time.monotonic() - began
     progress.pass_steps, progress.pass_loss, progress.pass_s = 0, 0.0, 0.0
     return {"val_loss": loss, "val_accuracy": accuracy, "elapsed_s": progress.elapsed_s}
-
-
-def _as_event(row: dict[str, float], num_steps: int, milestone: bool) -> Event:
-    return Event(task="training", done=int(row["step"]), total=num_steps, fields=row, milestone=milestone)
 
 
 def _checked(loss: float, step: int) -> float:
