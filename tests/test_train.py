@@ -266,6 +266,8 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     whole = train(config, tmp_path / "whole")
     assert all(torch.equal(weights(whole)[k], v) for k, v in weights(resumed).items())
     assert len(resumed.checkpoints) == 2
+    # the pass whose checkpoint failed had its line already; it must not be told twice
+    assert [row["step"] for row in resumed.read_metrics()] == [row["step"] for row in whole.read_metrics()]
 
 
 def test_resume_refuses_changed_data(tmp_path: Path, colour_folder: Path) -> None:

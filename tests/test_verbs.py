@@ -41,10 +41,11 @@ def test_metrics_by_hand() -> None:
     assert metrics.ece == pytest.approx((0.3 + 0.6 + 2 * abs(0.5 - 0.8)) / 4, abs=1e-6)
 
 
-def test_certainty_is_calibrated_when_right() -> None:
-    logits = torch.tensor([[1000.0, 0.0]] * 9 + [[0.1, 0.0]])
-    metrics = compute_metrics(logits, torch.tensor([0] * 10), ("a", "b"))
-    assert metrics.ece == pytest.approx(0.1 * (1 - 1 / (1 + math.exp(-0.1))), abs=1e-6)
+def test_a_confidence_of_one_shares_the_last_bin() -> None:
+    """Certain and wrong, beside 95% sure and right: one bin of accuracy 0.5 and confidence 0.975."""
+    logits = torch.tensor([[1000.0, 0.0], [math.log(0.95 / 0.05), 0.0]])
+    metrics = compute_metrics(logits, torch.tensor([1, 0]), ("a", "b"))
+    assert metrics.ece == pytest.approx(0.475, abs=1e-6)
 
 
 def test_wilson_interval_against_the_textbook() -> None:

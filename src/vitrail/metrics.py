@@ -42,8 +42,8 @@ def compute_metrics(logits: Tensor, labels: Tensor, class_names: tuple[str, ...]
     support, hits = matrix.sum(1).tolist(), matrix.diagonal().tolist()
     accuracy = sum(hits) / len(labels)
     low, high = wilson_interval(sum(hits), len(labels))
-    # A confidence of exactly 1 would be put in a bin of its own (torchmetrics issue 3510).
-    probabilities = logits.softmax(1).clamp_max(1 - 1e-9)
+    # A confidence of exactly 1 in fp32 would be put in a bin of its own (torchmetrics issue 3510).
+    probabilities = logits.softmax(1).clamp_max(1 - 1e-6)
     ece = multiclass_calibration_error(probabilities, labels, len(class_names), n_bins=NUM_CALIBRATION_BINS)
     return Metrics(
         count=len(labels),
