@@ -1,9 +1,10 @@
-"""What share of a training step goes to fetching and augmenting its batch.
+"""Where the time of a training step goes: the share of data and augmentation, and what replicas are worth.
 
-    python benchmarks/data_share.py --data ../shared/cifar10
+    python benchmarks/step.py --data ../shared/cifar10
 
-Times, in turn within each step and over the same batches, the fetch with its augmentation and the whole step; prints
-one JSON object with the median share of each augmentation, beside versions. The preset's own choice comes first.
+Prints one JSON object. `share_of_step`: fetching and augmenting a batch over the whole step, median over steps, for the
+preset's own augmentation and for heavier ones. `replicas`: images per second with a replica for each thread over those
+of one replica with all threads, alternating, median and extremes of the pairs.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -23,6 +25,8 @@ from vitrail.presets import get_preset
 from vitrail.resolve import choose_machine, prepare_cpu, resolve
 
 NUM_STEPS = 15
+NUM_PAIRS = 7
+STEPS_PER_PAIR = 6
 CHOICES = {
     "preset": None,
     "trivialaugment": AugmentConfig(policy="trivialaugment"),
@@ -46,6 +50,25 @@ def measure(config: ResolvedConfig, train_set: ImageSet) -> float:
     return statistics.median(shares[3:])
 
 
+def compare_replicas(config: ResolvedConfig, train_set: ImageSet) -> dict[str, float]:
+    """The speed of the replicas over that of one, in pairs of a few steps each."""
+    stream = SampleStream(train_set.labels, config.seed, balanced=False)
+    batch = train_set.take(stream.indices(0, config.optim.batch_size))
+    with mock.patch("vitrail.learner.MAX_REPLICAS", 1):
+        one = Learner(config)
+    many = Learner(config)
+
+    def seconds(learner: Learner) -> float:
+        began = time.perf_counter()
+        for step in range(STEPS_PER_PAIR):
+            learner.step(batch, step)
+        return time.perf_counter() - began
+
+    seconds(one), seconds(many)
+    ratios = [seconds(one) / seconds(many) for _ in range(NUM_PAIRS)]
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
@@ -58,7 +81,17 @@ def main() -> None:
     shares = {
         name: measure(replace(config, augment=choice or preset.augment), train_set) for name, choice in CHOICES.items()
     }
-    print(json.dumps({"preset": preset.preset, "torch": torch.__version__, "share_of_step": shares}, indent=1))
+    print(
+        json.dumps(
+            {
+                "preset": preset.preset,
+                "torch": torch.__version__,
+                "share_of_step": shares,
+                "replicas": compare_replicas(config, train_set),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":
