@@ -14,6 +14,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from vitrail.config import to_dict
+from vitrail.presets import get_preset
 from vitrail.run import Run, load_run
 
 KEPT = ("config.json", "metrics.jsonl", "evaluation-val.json", "evaluation-test.json")
@@ -26,6 +28,17 @@ def accuracy(run: Run, split: str) -> str:
     return f"{100 * figures['accuracy']:.2f} ({low:.2f}–{high:.2f})"
 
 
+def command(run: Run) -> str:
+    """The command that asks for this run."""
+    config, preset = to_dict(run.config.asked()), to_dict(get_preset(run.config.preset))
+    words = ["vitrail train", config["preset"]]
+    words += [f"--{name} {config[name]}" for name in ("data", "budget", "seed")]
+    for group in ("model", "optim", "augment", "input"):
+        changed = {name: value for name, value in config[group].items() if value != preset[group][name]}
+        words += [f"--{group}.{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    return " ".join(words)
+
+
 def table_row(run: Run) -> str:
     """One run as a row: command, minutes, passes, parameters, PFLOP, val and test accuracy."""
     config, last = run.config, run.read_metrics()[-1]
@@ -36,7 +49,7 @@ def table_row(run: Run) -> str:
     images = config.num_steps * config.optim.batch_size
     pflop = 6 * images * tokens * model.depth * per_token / 1e15
     cells = (
-        f"`vitrail train {config.preset} --budget {config.budget} --seed {config.seed} --data {config.data}`",
+        f"`{command(run)}`",
         f"{last['elapsed_s'] / 60:.1f}",
         f"{last['epoch']:.1f}",
         f"{num_parameters / 1e6:.2f} M",
