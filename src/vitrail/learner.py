@@ -26,7 +26,7 @@ class Learner:
     The weights live in fp32. Replicas in the working precision, refreshed from them once a step, run
     forward and backward on a part of the batch each, and their gradients are summed in fp32: no weight
     is cast twice, and in bf16 activations stay so throughout. On a CPU there is a replica per thread,
-    which beats threads that share each operation (1.29 times as fast on two cores, benchmarks/step.py); elsewhere there is one.
+    1.29 times as fast on two cores as one that shares them (benchmarks/step.py); elsewhere there is one.
 
     A step is a pure function of this state, the batch and the step's number: parts and sums have a
     fixed order, and dropout, which draws from one generator in turn, keeps to one replica.
