@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, ResolvedConf
 from vitrail.data import ImageSet
 from vitrail.errors import Event, VitrailError, VitrailWarning
 from vitrail.learner import Learner, count_replicas
-from vitrail.optim import build_ema, build_optimizers, set_lr, split_parameters
+from vitrail.optim import Muon, build_ema, build_optimizers, orthogonalize, set_lr, split_parameters
 from vitrail.resolve import has_compiler
 from vitrail.run import Run, load_run
 from vitrail.train import Interrupted, resume, train
@@ -55,8 +56,8 @@ def test_weight_decay_is_on_matrices_only_and_muon_on_hidden_ones() -> None:
     }
     assert len(hidden) + len(matrices) + len(rest) == len(list(model.parameters()))
     adamw, muon = build_optimizers(model, OptimConfig())
-    assert isinstance(muon, torch.optim.Muon)
-    assert muon.param_groups[0]["params"] == hidden
+    assert isinstance(muon, Muon)
+    assert set(muon.param_groups[0]["params"]) == set(hidden)
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.05, 0.0]
     _, first, second, third = build_optimizers(model, OptimConfig(), num_muons=3)
     shared = [o.param_groups[0]["params"] for o in (first, second, third)]
@@ -64,6 +65,36 @@ def test_weight_decay_is_on_matrices_only_and_muon_on_hidden_ones() -> None:
     assert [len(part) for part in shared] == [2, 1, 1]
     (only,) = build_optimizers(model, OptimConfig(optimizer="adamw"))
     assert only.param_groups[0]["params"] == hidden + matrices
+
+
+def test_muon_moves_as_torchs_own() -> None:
+    """Ours takes matrices of one shape together; torch.optim.Muon one by one, in bf16."""
+    shapes = [(48, 16), (16, 16), (16, 16), (16, 48)]
+
+    def moved(build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = build(matrices)
+        for _ in range(5):
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=generator)
+            optimizer.step()
+        return matrices
+
+    theirs = moved(lambda m: torch.optim.Muon(m, lr=0.1, weight_decay=0.1, momentum=0.95))
+    for dtype, tolerance in ((torch.bfloat16, 1e-6), (torch.float32, 5e-3)):
+        ours = moved(lambda m, dtype=dtype: Muon(m, lr=0.1, weight_decay=0.1, dtype=dtype))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_orthogonalize_brings_all_singular_values_near_one() -> None:
+    matrices = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity((u @ v).flatten(1), orthogonalize(matrices).flatten(1)).min() > 0.95
 
 
 def test_set_lr_scales_each_optimizers_own_peak() -> None:

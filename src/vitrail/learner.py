@@ -46,7 +46,7 @@ class Learner:
         self._pool = ThreadPoolExecutor(
             num_replicas, "replica", torch.set_num_threads, (config.threads // num_replicas,)
         )
-        self._optimizers = build_optimizers(self.model, config.optim, num_muons=num_replicas)
+        self._optimizers = build_optimizers(self.model, config.optim, num_replicas, self._dtype)
         self._ema = build_ema(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
 

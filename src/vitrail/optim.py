@@ -1,7 +1,7 @@
 """What moves the weights: the optimizers, their learning rates, and the average of the path."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,71 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return hidden, matrices, rest
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig, num_muons: int = 1) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv 1711.05101) for everything, or Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) for the hidden matrices and AdamW for the rest.
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest matrix whose singular values are all alike, as the step (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon): Nesterov momentum, five Newton-Schulz steps, and a length of
+    lr · √max(1, rows / columns), with decoupled weight decay.
+
+    Differs from torch.optim.Muon in speed alone: matrices of one shape are orthogonalised together, in
+    `dtype`. That one works in bf16 always, which a CPU without bf16 products only emulates: there its step
+    took as long as a fifth of forward and backward together, this one a thirtieth.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            same: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    same.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), matrices in same.items():
+                directions = orthogonalize(torch.stack([self._momentum(m, group["momentum"]) for m in matrices]))
+                length = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for matrix, direction in zip(matrices, directions.to(matrices[0].dtype), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=length)
+
+    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        gradient = cast(Tensor, matrix.grad)
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).to(self._dtype)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """U·Vᵀ of each U·S·Vᵀ in `matrices` [n, rows, columns], nearly: singular values between about 0.7 and 1.2.
+
+    Source: the quintic Newton-Schulz iteration of Jordan et al. 2024, its coefficients and its five steps.
+    """
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x if wide is matrices else x.mT
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, num_muons: int = 1, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv 1711.05101) for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     The hidden matrices may be dealt out to several Muons, to step side by side: each matrix moves alone,
-    so the result is the same.
+    so the result is the same. `dtype`: what Muon orthogonalises in.
     """
     hidden, matrices, rest = split_parameters(model)
     adamw_matrices = matrices if config.optimizer == "muon" else hidden + matrices
@@ -47,12 +106,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig, num_muons: int = 1) 
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), foreach=True)
     ]
+    # By shape first, so that each gets nearly as much of every shape.
+    hidden.sort(key=lambda matrix: tuple(matrix.shape))
     for i in range(num_muons if config.optimizer == "muon" else 0):
-        optimizers.append(
-            torch.optim.Muon(
-                hidden[i::num_muons], lr=config.muon_lr, weight_decay=config.muon_weight_decay, momentum=0.95
-            )
-        )
+        optimizers.append(Muon(hidden[i::num_muons], config.muon_lr, config.muon_weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
