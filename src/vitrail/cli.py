@@ -21,6 +21,7 @@ vitrail: Vision Transformers for small images, from scratch, that one can see th
   vitrail train    [PRESET] --data SOURCE --out RUN       train; --resume goes on with a run exactly
   vitrail evaluate MODEL [--data SOURCE] [--split test]   accuracy with an interval, per class, confusion, calibration
   vitrail predict  --model MODEL IMAGE...                 the likeliest classes of each picture
+  vitrail bench    [--minutes 5]                          this machine's speed, beside other libraries and its limit
 
 PRESET is one of {presets}. SOURCE is digits, cifar10, a folder of images
 (train/<class>/*.png, optional val/ and test/) or a folder of Hugging Face parquet files.
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "predict": _predict,
+        "bench": _bench,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -222,3 +224,29 @@ def _predict(arguments: list[str]) -> None:
     for prediction in predictions:
         table.add_row(prediction.path, *(f"{guess.label} {guess.probability:.1%}" for guess in prediction.top))
     Console().print(table)
+
+
+def _bench(arguments: list[str]) -> None:
+    from vitrail.console import ProgressDisplay
+    from vitrail.flags import BenchFlags
+
+    flags = _parse(BenchFlags, "bench", arguments)
+    from vitrail.bench import run_benchmark
+    from vitrail.config import RunConfig
+    from vitrail.resolve import choose_machine
+
+    machine = choose_machine(RunConfig(device="cpu", threads=flags.threads))
+    with ProgressDisplay(flags.quiet) as display:
+        result = run_benchmark(flags.minutes, machine.threads, machine.precision == "bf16", display)
+    if flags.json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+
+    from vitrail.bench.table import build_tables
+
+    console = Console()
+    for table in build_tables(result):
+        console.print(table)
+    for line in result["left_out"]:
+        print(f"left out: {line}")

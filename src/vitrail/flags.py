@@ -56,3 +56,17 @@ class PredictFlags:
     """Print one JSON object."""
     quiet: bool = False
     """Show no progress."""
+
+
+@dataclass
+class BenchFlags:
+    """This machine's speed: vitrail beside timm, vit-pytorch, transformers, torchvision, ONNX Runtime and OpenVINO."""
+
+    minutes: float = 5.0
+    """How long it may take; with more, compiled peers are timed too."""
+    threads: int = 0
+    """CPU threads for each contender; 0 takes one for each core."""
+    json: bool = False
+    """Print one JSON object."""
+    quiet: bool = False
+    """Show no progress."""

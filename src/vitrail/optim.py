@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         self._dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             same: dict[torch.Size, list[nn.Parameter]] = {}

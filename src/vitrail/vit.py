@@ -195,7 +195,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1)."""
         patches = self.patch_embed(images)
-        cls_token = self.cls_token.expand(len(patches), -1, -1)
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.pos_drop(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
 
     def classify(self, x: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""What is timed, as a call to repeat: a training step, an inference, the bare matrix products of a step.
+
+Peers train with AdamW on pixels that lie ready as normalised floats, as their READMEs would have a user write
+it. Vitrail's step is the whole one, from uint8 pixels, crop and flip included; it uses AdamW here too.
+"""
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.augment import Augment
+from vitrail.bench.peers import IMAGE_SIZE, MLP_DIM, MODEL, NUM_CLASSES, PEERS, RUNTIMES, Setup
+from vitrail.config import AugmentConfig, OptimConfig, Preprocessing, ResolvedConfig
+from vitrail.data import ImageSet
+from vitrail.evaluate import compute_logits
+from vitrail.learner import Learner
+from vitrail.resolve import prepare_cpu
+from vitrail.vit import VisionTransformer, build_vit
+
+PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, num_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Task = Literal["train", "infer", "forward", "trace", "augment", "products_shared", "products_apart"]
+Call = Callable[[], object]
+
+
+def build_call(task: Task, setup: Setup, batch_size: int, threads: int) -> Call:
+    """What to repeat to time `task`; one call handles `batch_size` images."""
+    torch.manual_seed(0)
+    if setup.name in RUNTIMES:
+        return _build_runtime(setup, batch_size, threads)
+    if setup.name != "vitrail":
+        torch.set_num_threads(threads)
+        return _build_training(setup, batch_size) if task == "train" else _build_inference(setup, batch_size)
+    prepare_cpu(threads)
+    if task in ("products_shared", "products_apart"):
+        return _build_products(setup, batch_size, 1 if task == "products_shared" else threads)
+    images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(batch_size) % NUM_CLASSES, tuple("0123456789"), 0)
+    if task == "train":
+        return _build_our_training(setup, data, threads)
+    if task == "augment":
+        augment = Augment(AugmentConfig(), PREPROCESSING, NUM_CLASSES, seed=0)
+        return lambda: augment(data.take(torch.arange(batch_size)), 0)
+    return _build_our_inference(task, setup, data)
+
+
+def _build_training(setup: Setup, batch_size: int) -> Call:
+    model = PEERS[setup.name](setup.fused_attn).train()
+    forward = torch.compile(model) if setup.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, labels = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), torch.arange(batch_size) % NUM_CLASSES
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _autocast(setup):
+            logits = forward(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _build_inference(setup: Setup, batch_size: int) -> Call:
+    model = PEERS[setup.name](setup.fused_attn).eval()
+    forward = torch.compile(model) if setup.compile else model
+    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+    def infer() -> Tensor:
+        with torch.inference_mode(), _autocast(setup):
+            return forward(images)
+
+    return infer
+
+
+def _autocast(setup: Setup) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16) if setup.precision == "bf16" else nullcontext()
+
+
+def _build_our_training(setup: Setup, data: ImageSet, threads: int) -> Call:
+    config = ResolvedConfig(
+        device="cpu",
+        threads=threads,
+        precision=setup.precision,
+        model=MODEL,
+        optim=OptimConfig(optimizer="adamw", batch_size=len(data)),
+        classes=data.class_names,
+        preprocessing=PREPROCESSING,
+        num_train=len(data),
+        num_val=0,
+        num_skipped=0,
+        epoch_images=len(data),
+        num_steps=1000,
+        data_sha256="",
+    )
+    learner, everything = Learner(config), torch.arange(len(data))
+    return lambda: learner.step(data.take(everything), 0)
+
+
+def _build_our_inference(task: Task, setup: Setup, data: ImageSet) -> Call:
+    """A single picture runs as `predict` runs it, many as `evaluate` does."""
+    model = _build_our_model().to(DTYPES[setup.precision])
+    pixels = torch.randn(len(data), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=DTYPES[setup.precision])
+    if task == "infer" and len(data) > 1:
+        return lambda: compute_logits(model, data, PREPROCESSING)
+    return torch.inference_mode()(lambda: model.trace(pixels) if task == "trace" else model(pixels))
+
+
+def _build_our_model() -> VisionTransformer:
+    return build_vit(MODEL, IMAGE_SIZE, 3, NUM_CLASSES).eval()
+
+
+def _build_runtime(setup: Setup, batch_size: int, threads: int) -> Call:
+    """Our weights, exported to ONNX, in one of the runtimes."""
+    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            _build_our_model(),
+            (torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE),),
+            path,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamo=True,
+            verbose=False,
+        )
+        if setup.name == "openvino":
+            import openvino
+
+            hints = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[setup.precision],
+            }
+            compiled: Any = openvino.Core().compile_model(path, "CPU", hints)
+            return lambda: compiled(images)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {session.get_inputs()[0].name: images})
+
+
+def _build_products(setup: Setup, batch_size: int, num_workers: int) -> Call:
+    """The matrix products of a training step and nothing else: forward, and for both operands backward.
+
+    Every product of one shape uses the same memory, so this is rather more than a step could reach. Each
+    worker does its share of the batch on a thread of its own.
+    """
+    pool = ThreadPoolExecutor(
+        num_workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads() // num_workers,)
+    )
+    shares = [_list_products(batch_size // num_workers, DTYPES[setup.precision]) for _ in range(num_workers)]
+
+    def multiply(products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        for a, b, out in products:
+            torch.matmul(a, b, out=out)
+
+    return lambda: list(pool.map(multiply, shares))
+
+
+def _list_products(num_images: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(a, b, a·b) for each product of the blocks; the patch embedding and the head are left out as too small."""
+    tokens = (IMAGE_SIZE // MODEL.patch_size) ** 2 + 1
+    width, per_head = MODEL.embed_dim, num_images * MODEL.num_heads
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
+    for fan_in, fan_out in ((width, 3 * width), (width, width), (width, MLP_DIM), (MLP_DIM, width)):
+        x, w, y = new(num_images * tokens, fan_in), new(fan_out, fan_in), new(num_images * tokens, fan_out)
+        products += [(x, w.T, y), (y, w, x.clone()), (y.T, x, w.clone())]
+    q, k, v = (new(per_head, tokens, width // MODEL.num_heads) for _ in range(3))
+    similarity, heads = new(per_head, tokens, tokens), torch.empty_like(v)
+    products += [(q, k.mT, similarity), (similarity, v, heads)]
+    products += [(heads, v.mT, similarity), (similarity.mT, heads, v), (similarity, k, q), (similarity.mT, q, k)]
+    return products * MODEL.depth
