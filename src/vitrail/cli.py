@@ -21,6 +21,8 @@ vitrail: Vision Transformers for small images, from scratch, that one can see th
   vitrail train    [PRESET] --data SOURCE --out RUN       train; --resume goes on with a run exactly
   vitrail evaluate MODEL [--data SOURCE] [--split test]   accuracy with an interval, per class, confusion, calibration
   vitrail predict  --model MODEL IMAGE...                 the likeliest classes of each picture
+  vitrail explain  MODEL IMAGE [--out FIG.png]            where each head looks; rollout; the evidence for a class
+  vitrail report   MODEL [--out REPORT.html]              one page: curves, errors, the paper's figures, trust
 
 PRESET is one of {presets}. SOURCE is digits, cifar10, a folder of images
 (train/<class>/*.png, optional val/ and test/) or a folder of Hugging Face parquet files.
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "predict": _predict,
+        "explain": _explain,
+        "report": _report,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -222,3 +226,61 @@ def _predict(arguments: list[str]) -> None:
     for prediction in predictions:
         table.add_row(prediction.path, *(f"{guess.label} {guess.probability:.1%}" for guess in prediction.top))
     Console().print(table)
+
+
+def _explain(arguments: list[str]) -> None:
+    from vitrail.flags import ExplainFlags
+
+    flags = _parse(ExplainFlags, "explain", arguments)
+    if flags.head is not None and flags.layer is None:
+        raise VitrailError(f"--head {flags.head} of which block? give --layer too")
+    if flags.layer is not None and flags.method not in ("all", "attention"):
+        raise VitrailError(f"--layer picks an attention map; leave it out with --method {flags.method}")
+    from vitrail.explain import explain_picture
+    from vitrail.run import load_run
+
+    run = load_run(flags.model)
+    found = explain_picture(run, flags.image, flags.label, flags.fusion, flags.discard_ratio)
+    side = run.config.preprocessing.image_size
+    if found.size != (side, side):
+        _say(f"the picture of {found.size[0]}×{found.size[1]} pixels was brought to {side}×{side}, its middle square")
+    from vitrail.figures import draw_explanation, draw_map, save_figure, to_values
+    from vitrail.words import Words
+
+    words, explanation = Words(), found.explanation
+    if flags.layer is not None:
+        title = words("maps.one_head" if flags.head else "maps.one_block", layer=flags.layer, head=flags.head)
+        figure = draw_map(found, explanation.pick(flags.layer, flags.head), title, words)
+    elif flags.method != "all":
+        title = words(f"maps.{flags.method}", label=found.classes[int(explanation.labels[0])])
+        figure = draw_map(found, explanation.maps[flags.method][0], title, words)
+    else:
+        figure = draw_explanation(found, words)
+    out = flags.out or Path(f"{flags.image.stem}-explained.png")
+    beside = save_figure(figure, out, found)
+    if flags.json:
+        print(json.dumps(to_values(found)))
+    else:
+        probabilities = explanation.logits[0].softmax(0).tolist()
+        best = sorted(zip(probabilities, found.classes, strict=True), reverse=True)[:3]
+        print("  ".join(f"{label} {probability:.1%}" for probability, label in best))
+        print(f"wrote {out} and {beside}")
+
+
+def _report(arguments: list[str]) -> None:
+    from vitrail.console import ProgressDisplay
+    from vitrail.flags import ReportFlags
+
+    flags = _parse(ReportFlags, "report", arguments)
+    from vitrail.report import write_report
+    from vitrail.run import load_run
+
+    run = load_run(flags.model)
+    with ProgressDisplay(flags.quiet) as display:
+        page, beside, summary = write_report(
+            run, flags.out, display, lang=flags.lang, data=flags.data, split=flags.split
+        )
+    if flags.json:
+        print(json.dumps({"report": str(page), "numbers": str(beside), **summary}))
+    else:
+        print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB) and {beside}")

@@ -41,6 +41,18 @@ class Explanation:
     attention: Tensor
     maps: dict[Method, Tensor]
 
+    def pick(self, layer: int, head: int | None = None) -> Tensor:
+        """The first image's attention [G, G] in block `layer`, counted from 1, of one head or the mean of all.
+
+        Raises:
+            VitrailError: if there is no such block or head.
+        """
+        for name, value, count in (("layer", layer, len(self.attention)), ("head", head, self.attention.shape[2])):
+            if value is not None and not 1 <= value <= count:
+                raise VitrailError(f"no {name} {value}; this model's go from 1 to {count}")
+        block = self.attention[layer - 1, 0]
+        return block.mean(0) if head is None else block[head - 1]
+
 
 @dataclass(frozen=True)
 class ExplainedPicture:
