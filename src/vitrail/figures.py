@@ -26,7 +26,8 @@ from torch import Tensor
 from vitrail.anatomy import AttentionReach, PatchFilters
 from vitrail.errors import VitrailError
 from vitrail.explain import ExplainedPicture
-from vitrail.trust import Trust
+from vitrail.metrics import wilson_interval
+from vitrail.trust import Sensitivity, Trust
 from vitrail.words import Words
 
 P = ParamSpec("P")
@@ -163,6 +164,18 @@ def draw_map(found: ExplainedPicture, weights: Tensor, title: str, words: Words)
 
 
 @_styled
+def draw_methods(found: ExplainedPicture, words: Words) -> Figure:
+    """One picture and its map by each method, two by two."""
+    figure = Figure(figsize=(4.2, 4.6), layout="constrained")
+    first, *others = figure.subplots(2, 2).flat
+    _show(first, to_picture(found.pixels), top_guess(found, words))
+    for axes, (method, maps) in zip(others, found.explanation.maps.items(), strict=True):
+        title = words(f"maps.{method}", label=found.classes[int(found.explanation.labels[0])])
+        _show(axes, overlay(found.pixels, maps[0]), title)
+    return figure
+
+
+@_styled
 def draw_heads(found: ExplainedPicture, words: Words) -> Figure:
     """Every head of every block over one picture."""
     num_blocks, _, num_heads = found.explanation.attention.shape[:3]
@@ -196,7 +209,7 @@ def draw_filters(filters: PatchFilters) -> Figure:
 
 def to_unit(values: Array) -> Array:
     """A filter [P, P, C] around zero as RGB 0..1, zero at middle grey."""
-    scaled = 0.5 + 0.5 * values / np.abs(values).max()
+    scaled = 0.5 + 0.42 * values / np.abs(values).max()  # no tile melts into a white or a black page
     return scaled if scaled.shape[2] == 3 else np.repeat(scaled[..., :1], 3, axis=2)
 
 
@@ -204,10 +217,10 @@ def to_unit(values: Array) -> Array:
 def draw_similarity(similarity: Tensor, words: Words) -> Figure:
     """A grid of grids: at each patch's place, its cosine to all patches."""
     side = len(similarity)
-    figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2, 3.3), layout="constrained")
     axes = figure.subplots()
     image = _show(axes, mosaic([[similarity[i, j].numpy() for j in range(side)] for i in range(side)]), vmin=-1, vmax=1)
-    figure.colorbar(image, label=words("figure.cosine"), shrink=0.8)
+    figure.colorbar(image, label=words("figure.cosine"), shrink=0.95)
     return figure
 
 
@@ -240,31 +253,23 @@ def draw_reach(reach: AttentionReach, kind: str, words: Words) -> Figure:
 
 @_styled
 def draw_lines(
-    x: Sequence[float], lines: Mapping[str, tuple[Sequence[float], str]], labels: tuple[str, str], percent: bool = False
+    x: Sequence[float], lines: Mapping[str, tuple[Sequence[float], str]], labels: tuple[str, str], percent: str = ""
 ) -> Figure:
-    """Lines over a shared x, each named at its right end: `lines` maps a name to (y, colour); `labels` name x and y."""
+    """Lines over a shared x: `lines` maps a name to (y, colour), `labels` name x and y; `percent`: axes of shares."""
     figure = Figure(figsize=(4.2, 2.9), layout="constrained")
     axes = figure.subplots()
-    for y, colour in lines.values():
-        axes.plot(x, y, color=colour, marker="o" if len(x) < 15 else "", markersize=3.5)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    if percent:
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter("{x:.0%}")
-    else:
-        axes.set_ylim(bottom=0)
+    # The names stand in the order in which the lines lie.
+    for name, (y, colour) in sorted(lines.items(), key=lambda line: -sum(line[1][0])):
+        style = (0, (4, 2)) if colour == MUTED else "-"
+        marker = "o" if len(x) < 15 else ""
+        axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=3.5, clip_on=False, label=name)
+    axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1) if "y" in percent else (0, None))
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if name in percent:
+            axis.set_major_formatter("{x:.0%}")
     if len(lines) > 1:
-        _name_lines(axes, x[-1], {name: (y[-1], colour) for name, (y, colour) in lines.items()})
+        axes.legend(frameon=False, labelcolor="linecolor", handlelength=1.5, fontsize=8)
     return figure
-
-
-def _name_lines(axes: Axes, x: float, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Write each line's name right of its end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    least, place = 0.085 * (high - low), low
-    for name, (y, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-        place = max(y, place + least if place > low else y)
-        axes.annotate(name, (x, place), (5, 0), textcoords="offset points", va="center", color=colour, fontsize=8)
 
 
 def draw_trust(trust: Trust, test: str, words: Words) -> Figure:
@@ -273,7 +278,7 @@ def draw_trust(trust: Trust, test: str, words: Words) -> Figure:
         words(f"maps.short_{name}"): (getattr(method, test).probability, METHOD_COLOURS[name])
         for name, method in trust.methods.items()
     }
-    return draw_lines(trust.shares, lines, (words(f"figure.{test}_share"), words("figure.probability")), percent=True)
+    return draw_lines(trust.shares, lines, (words(f"figure.{test}_share"), words("figure.probability")), percent="xy")
 
 
 def draw_hidden(trust: Trust, words: Words) -> Figure:
@@ -284,19 +289,38 @@ def draw_hidden(trust: Trust, words: Words) -> Figure:
         words("figure.least_hidden"): (attended.insertion.accuracy[::-1], BLUE),
         words("figure.random_hidden"): (random.deletion.accuracy, MUTED),
     }
-    return draw_lines(trust.shares, lines, (words("figure.deletion_share"), words("figure.accuracy")), percent=True)
+    return draw_lines(trust.shares, lines, (words("figure.deletion_share"), words("figure.accuracy")), percent="xy")
+
+
+@_styled
+def draw_sensitivity(found: Sensitivity, words: Words) -> Figure:
+    """Accuracy on whole pictures, after a move by a pixel, and with the patches shuffled, as bars with their numbers."""
+    bars = {"shuffled": found.shuffled, "moved": found.moved, "whole": found.accuracy}
+    figure = Figure(figsize=(4.2, 1.7), layout="constrained")
+    axes = figure.subplots()
+    names = [words(f"figure.{name}") for name in bars]
+    drawn = axes.barh(names, list(bars.values()), color=[ORANGE, BLUE, BLUE], height=0.6)
+    axes.bar_label(drawn, [f"{value:.1%}" for value in bars.values()], padding=3, fontsize=8)
+    axes.set(xlabel=words("figure.accuracy"), xlim=(0, 1.12), xticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    return figure
 
 
 @_styled
 def draw_reliability(bins: Sequence[tuple[float, float, int]], words: Words) -> Figure:
-    """How often the model is right (y) when it is so sure (x): `bins` of (confidence, accuracy, images)."""
+    """How often the model is right (y) when it is so sure (x): `bins` of (confidence, accuracy, images).
+
+    The whiskers are 95% Wilson intervals over the images of a bin.
+    """
     figure = Figure(figsize=(4.2, 3.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     confidence, accuracy, count = (np.array(column) for column in zip(*bins, strict=True))
+    ends = np.array([wilson_interval(round(a * n), n) for _, a, n in bins]).T
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    upper.plot(confidence, accuracy, "o-", color=BLUE, markersize=4)
+    upper.vlines(confidence, *ends, color=BLUE, linewidth=1.2, clip_on=False)
+    upper.plot(confidence, accuracy, "o", color=BLUE, markersize=4.5, clip_on=False)
     upper.set(ylabel=words("figure.right"), ylim=(0, 1), xlim=(0, 1))
-    lower.bar(confidence, count, width=0.04, color=BLUE)
+    lower.bar(confidence, count, width=0.03, color=BLUE)
     lower.set(xlabel=words("figure.sure"), ylabel=words("figure.images"))
     for axis in (upper.yaxis, lower.xaxis):
         axis.set_major_formatter("{x:.0%}")

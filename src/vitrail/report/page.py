@@ -124,7 +124,7 @@ def _learning(found: Findings, words: Words) -> Iterable[str]:
     units = {"loss": "nats", "accuracy": "accuracy", "lr": "lr", "throughput": "images_per_s"}
     for name, shown in lines.items():
         labels = (words("figure_names.passes"), words(f"figure_names.{units[name]}"))
-        figure = figures.draw_lines(passes, shown, labels, percent=name == "accuracy")
+        figure = figures.draw_lines(passes, shown, labels, percent="y" if name == "accuracy" else "")
         yield _card(name, figure, told[name], words)
 
 
@@ -191,6 +191,7 @@ def _inside(found: Findings, sight: Sight, words: Words) -> Iterable[str]:
     for kind in ("distance", "entropy"):
         yield _card(kind, figures.draw_reach(sight.reach, kind, words), told[kind], words)
     assert found.example.picture is not None
+    yield _card("maps", figures.draw_methods(found.example.picture, words), told["maps"], words)
     read = "heads" if found.config["model"]["pool"] == "cls" else "heads_mean"
     yield _card("heads", figures.draw_heads(found.example.picture, words), told["heads"], words, read=read)
 
@@ -211,7 +212,7 @@ def _trust(found: Findings, sight: Sight, words: Words) -> str:
         _card(test, figures.draw_trust(trust, test, words), told[test], words) for test in ("deletion", "insertion")
     ]
     cards.append(_card("hidden", figures.draw_hidden(trust, words), told["hidden"], words))
-    cards.append(_card("sensitivity", "", told["sensitivity"], words))
+    cards.append(_card("sensitivity", figures.draw_sensitivity(sight.sensitivity, words), told["sensitivity"], words))
     intro = words("page.trust_intro", count=trust.num_images, split=found.split)
     return f"<p>{esc(intro)}</p>{_table(titles, rows)}{_cards(cards)}"
 
@@ -223,8 +224,8 @@ def _environment(found: Findings, words: Words) -> str:
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
     made = {key: value for key, value in found.environment.items() if key != "command"}
     made["platform"] = str(made.get("platform", "")).split("-")[0]
-    rows = [(key, _short(value)) for key, value in (made | flat).items()]
-    return _table([words("page.setting"), words("page.value")], rows)
+    shown = (f"<div><dt>{esc(key)}</dt><dd>{esc(_short(value))}</dd></div>" for key, value in (made | flat).items())
+    return f'<dl class="settings">{"".join(shown)}</dl>'
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,6 @@ from vitrail.words import Words
 # Differences smaller than these are not worth a word.
 SURENESS_TOLERANCE = 0.02
 PLACE_TOLERANCE = 0.15
-RISING_POINTS = 0.5
 
 
 def of_history(found: Findings, words: Words) -> dict[str, str]:
@@ -24,8 +23,10 @@ def of_history(found: Findings, words: Words) -> dict[str, str]:
     losses, last = [row["val_loss"] for row in rows], rows[-1]["val_accuracy"]
     best = min(rows, key=lambda row: row["val_loss"])
     rates, speeds = [row["lr"] for row in rows], [row["images_per_s"] for row in rows]
-    gain = 100 * (last - rows[-2]["val_accuracy"]) if len(rows) > 1 else 0.0
-    course = "once" if len(rows) == 1 else "rising" if gain > RISING_POINTS else "flat"
+    before = rows[min(math.floor(0.8 * len(rows)), len(rows) - 2)] if len(rows) > 1 else rows[-1]
+    gain = last - before["val_accuracy"]
+    noise = 2 * math.sqrt(last * (1 - last) / found.config["num_val"])
+    course = "once" if len(rows) == 1 else "rising" if gain > noise else "flat"
     return {
         "loss": words(
             "read.loss_here",
@@ -35,7 +36,9 @@ def of_history(found: Findings, words: Words) -> dict[str, str]:
             best_pass=best["epoch"],
             passes=rows[-1]["epoch"],
         ),
-        "accuracy": words(f"read.accuracy_{course}", last=last, gain=gain),
+        "accuracy": words(
+            f"read.accuracy_{course}", last=last, gain=100 * gain, since=before["epoch"], noise=100 * noise
+        ),
         "lr": words("read.lr_here", peak=max(rates), last=rates[-1]),
         "throughput": words(
             "read.throughput_here", median=statistics.median(speeds), low=min(speeds), high=max(speeds)
@@ -88,6 +91,7 @@ def of_sight(found: Findings, sight: Sight, words: Words) -> dict[str, str]:
             mean=reach.entropy_bits.mean().item(), uniform=reach.uniform_entropy_bits,
         ),
         "heads": _of_heads(found, words),
+        "maps": _of_maps(found, words),
         "hidden": _of_hidden(sight, words),
         "sensitivity": _of_sensitivity(sight, words),
     }  # fmt: skip
@@ -146,6 +150,18 @@ def _of_heads(found: Findings, words: Words) -> str:
         "read.heads_here",
         block=block, head=head, share=top.max().item(),
         wide_block=wide_block, wide_head=wide_head, wide_share=top.min().item(),
+    )  # fmt: skip
+
+
+def _of_maps(found: Findings, words: Words) -> str:
+    """How few patches hold half of the relevance, and whether the methods agree on the first."""
+    assert found.example.picture is not None
+    maps = {name: values[0].flatten() for name, values in found.example.picture.explanation.maps.items()}
+    held = maps["relevance"].sort(descending=True).values.cumsum(0) / maps["relevance"].sum().clamp_min(1e-12)
+    agree = len({int(values.argmax()) for values in maps.values()})
+    return words(
+        "read.maps_agree" if agree == 1 else "read.maps_differ",
+        few=int((held < 0.5).sum()) + 1, patches=len(held), places=agree,
     )  # fmt: skip
 
 
