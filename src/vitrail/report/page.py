@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitrail import figures
 from vitrail.figures import BLUE, ORANGE, Array, cut, overlay, to_picture, to_svg
-from vitrail.report import sentences
+from vitrail.report import charts, sentences
 from vitrail.report.findings import Case, Findings, Sight
 from vitrail.words import Words
 
@@ -124,13 +124,13 @@ def _learning(found: Findings, words: Words) -> Iterable[str]:
     units = {"loss": "nats", "accuracy": "accuracy", "lr": "lr", "throughput": "images_per_s"}
     for name, shown in lines.items():
         labels = (words("figure_names.passes"), words(f"figure_names.{units[name]}"))
-        figure = figures.draw_lines(passes, shown, labels, percent="y" if name == "accuracy" else "")
+        figure = charts.draw_lines(passes, shown, labels, percent="y" if name == "accuracy" else "")
         yield _card(name, figure, told[name], words)
 
 
 def _results(found: Findings, words: Words) -> Iterable[str]:
     told = sentences.of_results(found, words)
-    yield _card("reliability", figures.draw_reliability(found.reliability, words), told["reliability"], words)
+    yield _card("reliability", charts.draw_reliability(found.reliability, words), told["reliability"], words)
     if len(found.metrics.per_class) <= MAX_TABLE_CLASSES:
         yield _card("confusion", _confusion(found, words), told["confusion"], words)
     yield _card("classes", _classes(found, words), told["classes"], words)
@@ -182,14 +182,14 @@ def _case(case: Case, form: str, words: Words) -> str:
 
 def _inside(found: Findings, sight: Sight, words: Words) -> Iterable[str]:
     told = sentences.of_sight(found, sight, words)
-    yield _card("filters", figures.draw_filters(sight.filters), told["filters"], words)
+    yield _card("filters", charts.draw_filters(sight.filters), told["filters"], words)
     for kind, similarity in sight.similarity.items():
         name = "bias_similarity" if kind == "bias" else kind
-        yield _card(name, figures.draw_similarity(similarity, words), told[name], words)
+        yield _card(name, charts.draw_similarity(similarity, words), told[name], words)
     if sight.bias is not None:
-        yield _card("bias", figures.draw_bias(sight.bias, words), told["bias"], words)
+        yield _card("bias", charts.draw_bias(sight.bias, words), told["bias"], words)
     for kind in ("distance", "entropy"):
-        yield _card(kind, figures.draw_reach(sight.reach, kind, words), told[kind], words)
+        yield _card(kind, charts.draw_reach(sight.reach, kind, words), told[kind], words)
     assert found.example.picture is not None
     yield _card("maps", figures.draw_methods(found.example.picture, words), told["maps"], words)
     read = "heads" if found.config["model"]["pool"] == "cls" else "heads_mean"
@@ -209,10 +209,10 @@ def _trust(found: Findings, sight: Sight, words: Words) -> str:
         rows.append((words(f"maps.short_{name}"), *gains, verdict))
     titles = [words(f"page.{key}") for key in ("method", "deletion_gain", "insertion_gain", "verdict")]
     cards = [
-        _card(test, figures.draw_trust(trust, test, words), told[test], words) for test in ("deletion", "insertion")
+        _card(test, charts.draw_trust(trust, test, words), told[test], words) for test in ("deletion", "insertion")
     ]
-    cards.append(_card("hidden", figures.draw_hidden(trust, words), told["hidden"], words))
-    cards.append(_card("sensitivity", figures.draw_sensitivity(sight.sensitivity, words), told["sensitivity"], words))
+    cards.append(_card("hidden", charts.draw_hidden(trust, words), told["hidden"], words))
+    cards.append(_card("sensitivity", charts.draw_sensitivity(sight.sensitivity, words), told["sensitivity"], words))
     intro = words("page.trust_intro", count=trust.num_images, split=found.split)
     return f"<p>{esc(intro)}</p>{_table(titles, rows)}{_cards(cards)}"
 
