@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_a_model_that_looks_everywhere_alike_has_the_uniform_reach() -> None:
 def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = sharp_model(), some_images(5)
     whole = attention_reach(model, images, PLAIN)
-    monkeypatch.setattr("vitrail.explain.MAX_MAP_BYTES", 2 * 3 * 3 * 100 * 8)  # two images' maps
+    monkeypatch.setattr(sys.modules["vitrail.explain"], "MAX_MAP_BYTES", 2 * 3 * 3 * 100 * 8)  # two images' maps
     assert [len(batch) for _, batch in map_batches(model, images, PLAIN)] == [2, 2, 1]
     torch.testing.assert_close(attention_reach(model, images, PLAIN).distance_px, whole.distance_px)
 
@@ -270,8 +271,8 @@ def striped() -> VisionTransformer:
     torch.manual_seed(0)
     model = build_vit(ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2), 12, 1, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    images, labels, _ = planted(4096, 0, num_kinds=3)
-    for epoch in range(4):
+    images, labels, _ = planted(3072, 0, num_kinds=3)
+    for epoch in range(3):
         for part in torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch)).split(128):
             optimizer.zero_grad()
             F.cross_entropy(model((images[part] / 255 - 0.5) / 0.5), labels[part]).backward()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -99,14 +100,13 @@ def measure(run: Run, data: str | None, split: Split, listener: Listener) -> Fin
     # A hit as sure as most: neither the easiest picture nor a lucky one.
     example = hits[len(hits) // 3 :][:1] if len(hits) else order[:1]
     *cases, shown = _cases(run, vit, images, torch.cat([wrong, hits[:NUM_CASES], example]), logits)
-    environment = run.folder / "environment.json"
     return Findings(
         name=run.folder.resolve().name,
         kind=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
         split=split,
         config=json.loads((run.folder / "config.json").read_text()),
-        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        environment=_environment(run),
         history=run.read_metrics(),
         metrics=compute_metrics(logits, images.labels, run.config.classes),
         confidence=sure.mean().item(),
@@ -116,6 +116,15 @@ def measure(run: Run, data: str | None, split: Split, listener: Listener) -> Fin
         example=shown,
         sight=None if vit is None else _see(run, vit, images, listener),
     )
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """What the run was made with; without the place of the program and the name of the system's build."""
+    path = run.folder / "environment.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("command"):
+        found["command"][0] = Path(found["command"][0]).name
+    return found | {"platform": str(found.get("platform", "")).split("-")[0]}
 
 
 def _reliability(sure: Tensor, right: Tensor) -> list[tuple[float, float, int]]:

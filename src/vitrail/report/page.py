@@ -6,7 +6,6 @@ import io
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -78,8 +77,7 @@ def _head(found: Findings, words: Words, title: str) -> str:
         for value, name, note in tiles
     )
     command = found.environment.get("command", [])
-    typed = shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
-    made = f"<p>{esc(words('page.command'))}</p><pre><code>{esc(typed)}</code></pre>" if command else ""
+    made = f"<p>{esc(words('page.command'))}</p><pre><code>{esc(shlex.join(command))}</code></pre>" if command else ""
     return f'<header><h1>{title}</h1><p>{esc(lede)}</p><div class="tiles">{shown}</div>{made}</header>'
 
 
@@ -223,7 +221,6 @@ def _environment(found: Findings, words: Words) -> str:
     for key, value in config.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
     made = {key: value for key, value in found.environment.items() if key != "command"}
-    made["platform"] = str(made.get("platform", "")).split("-")[0]
     shown = (f"<div><dt>{esc(key)}</dt><dd>{esc(_short(value))}</dd></div>" for key, value in (made | flat).items())
     return f'<dl class="settings">{"".join(shown)}</dl>'
 
