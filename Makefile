@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test browser lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -25,8 +25,16 @@ demo: $(STAMP)
 	@echo "  $(DEMO)/confusion-test.png   what it takes for what"
 	@echo "Next: $(BIN)/vitrail train quick --data cifar10 --out runs/cifar10   (10 minutes on two cores)"
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/pytest
+
+# The tests of reports open them in a real browser.
+browser:
+	@if command -v chromium chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; \
+	else echo "The tests of reports need chromium and chromedriver, and will fail without: install them (Debian:" \
+		"apt-get install chromium chromium-driver)" >&2; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -294,14 +294,6 @@ def test_balanced_batches_hold_the_classes_in_equal_share(counts: list[int], sta
     assert stream.epoch_images == len(counts) * max(counts)
 
 
-def test_evaluation_batches_are_padded_with_weight_zero() -> None:
-    images = ImageSet(torch.arange(7).view(7, 1, 1, 1), torch.arange(7), ("a",) * 7, 0)
-    batches = list(images.batches(3))
-    assert [len(b.labels) for b in batches] == [3, 3, 3]
-    weights = torch.cat([b.weight for b in batches])
-    assert torch.cat([b.labels for b in batches])[weights > 0].tolist() == list(range(7))
-
-
 def test_the_fingerprint_sees_one_pixel_one_label_and_one_name() -> None:
     def digest(pixel: int = 0, label: int = 0, name: str = "a") -> str:
         images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)

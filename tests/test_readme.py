@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.cli import _parse, _preset_config, _take_preset
-from vitrail.flags import EvaluateFlags, PredictFlags, TrainFlags
+from vitrail.flags import BenchFlags, EvaluateFlags, ExplainFlags, PredictFlags, ReportFlags, TrainFlags
+from vitrail.verbs import _parse, _preset_config, _take_preset
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = sorted(
     {
         (page.name, line)
         for page in PAGES
-        for line in re.findall(r"vitrail ((?:train|evaluate|predict) [^`#\n]*)", page.read_text())
+        for line in re.findall(r"vitrail ((?:train|evaluate|predict|explain|report|bench) [^`#\n]*)", page.read_text())
     }
 )
 
@@ -34,7 +34,14 @@ def test_commands_parse(page: str, command: str) -> None:
         flags = _parse(TrainFlags, verb, arguments, TrainFlags(_preset_config(preset)))
         assert flags.resume or flags.config.data
     else:
-        _parse(EvaluateFlags if verb == "evaluate" else PredictFlags, verb, arguments)
+        kinds = {
+            "evaluate": EvaluateFlags,
+            "predict": PredictFlags,
+            "explain": ExplainFlags,
+            "report": ReportFlags,
+            "bench": BenchFlags,
+        }
+        _parse(kinds[verb], verb, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import vitrail
 from conftest import COLOURS, save_image
+from vitrail.batch import normalize
 from vitrail.cli import main
 from vitrail.data import ImageSet
 from vitrail.errors import VitrailError, ignore_events
@@ -236,7 +237,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resume_finishes(tmp_path: Path) -> N
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
     process = vitrail_process("train", "tiny", "--out", str(tmp_path / "run"))
-    time.sleep(1.0)
+    time.sleep(2.5)  # well into its imports or its probe of the speed, which takes four seconds
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -257,3 +258,22 @@ def test_broken_readers_do_not_matter() -> None:
     done = subprocess.run(f"{sys.executable} -m vitrail --help | true", shell=True, capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
     ignore_events(None)  # the silent listener takes anything
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_image_is_evaluated_once_and_in_order(trained: Run, threads: int) -> None:
+    """97 images are three batches and a part of one, whichever thread takes them."""
+    pixels = torch.randint(0, 256, (97, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model, preprocessing = trained.load_model(), trained.config.preprocessing
+    told: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        images = ImageSet(pixels, torch.zeros(97, dtype=torch.int64), ("a",), 0)
+        logits = compute_logits(model, images, preprocessing, lambda event: told.append(event.done))
+        with torch.inference_mode():
+            alone = torch.cat([model(normalize(one[None], preprocessing)) for one in pixels])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+    assert told == [32, 64, 96, 97]

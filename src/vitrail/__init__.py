@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitrail.config import RunConfig
     from vitrail.evaluate import evaluate
+    from vitrail.explain import explain, explain_picture
     from vitrail.predict import Classifier, load
     from vitrail.presets import get_preset
+    from vitrail.pretrained import build_from_timm
+    from vitrail.report import write_report
     from vitrail.run import load_run
     from vitrail.train import resume, train
     from vitrail.vit import VisionTransformer, build_vit
@@ -25,26 +28,34 @@ __all__ = [
     "Classifier",
     "RunConfig",
     "VisionTransformer",
+    "build_from_timm",
     "build_vit",
     "evaluate",
+    "explain",
+    "explain_picture",
     "get_preset",
     "load",
     "load_run",
     "resume",
     "train",
+    "write_report",
 ]
 
 _HOMES = {
     "Classifier": "predict",
     "RunConfig": "config",
     "VisionTransformer": "vit",
+    "build_from_timm": "pretrained",
     "build_vit": "vit",
     "evaluate": "evaluate",
+    "explain": "explain",
+    "explain_picture": "explain",
     "get_preset": "presets",
     "load": "predict",
     "load_run": "run",
     "resume": "train",
     "train": "train",
+    "write_report": "report",
 }
 
 

@@ -1,19 +1,13 @@
-"""The command line: parse, call, print. Results go to standard output, all else to standard error.
+"""The command line's front door: which verb, and what becomes of errors, warnings and Ctrl-C."""
 
-Every verb's libraries are imported when it runs, so that `vitrail --help` answers at once.
-"""
-
-import itertools
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from vitrail.errors import VitrailError, VitrailWarning
+from vitrail.verbs import VERBS, say
 
 HELP = """\
 vitrail: Vision Transformers for small images, from scratch, that one can see through.
@@ -21,6 +15,8 @@ vitrail: Vision Transformers for small images, from scratch, that one can see th
   vitrail train    [PRESET] --data SOURCE --out RUN       train; --resume goes on with a run exactly
   vitrail evaluate MODEL [--data SOURCE] [--split test]   accuracy with an interval, per class, confusion, calibration
   vitrail predict  --model MODEL IMAGE...                 the likeliest classes of each picture
+  vitrail explain  MODEL IMAGE [--out FIG.png]            where each head looks; rollout; the evidence for a class
+  vitrail report   MODEL [--out REPORT.html]              one page: curves, errors, the paper's figures, trust
   vitrail bench    [--minutes 5]                          this machine's speed, beside other libraries and its limit
 
 PRESET is one of {presets}. SOURCE is digits, cifar10, a folder of images
@@ -39,28 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     warnings.showwarning = _show_warning
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "predict": _predict,
-        "bench": _bench,
-    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _print_help()
             return 0
-        if arguments[0] not in verbs:
-            raise VitrailError(f"no verb '{arguments[0]}'; give one of {', '.join(verbs)}")
-        verbs[arguments[0]](arguments[1:])
+        if arguments[0] not in VERBS:
+            raise VitrailError(f"no verb '{arguments[0]}'; give one of {', '.join(VERBS)}")
+        VERBS[arguments[0]](arguments[1:])
     except VitrailError as error:
         if debug:
             raise
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        _say(str(stop) or "interrupted; nothing was saved")
+        say(str(stop) or "interrupted; nothing was saved")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`vitrail … | head`); keep the interpreter from saying so at exit.
@@ -74,179 +64,8 @@ def _print_help() -> None:
     print(HELP.format(presets=", ".join(PRESETS)), flush=True)
 
 
-def _say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
-
-
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     if issubclass(category, VitrailWarning):
-        _say(f"warning: {message}")
+        say(f"warning: {message}")
     else:
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr)
-
-
-def _parse(kind: Any, verb: str, arguments: list[str], default: Any = None) -> Any:
-    import tyro
-
-    given = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"vitrail {verb}", args=arguments, **given)
-
-
-def _train(arguments: list[str]) -> None:
-    from vitrail.console import ProgressDisplay
-    from vitrail.flags import TrainFlags
-
-    preset, arguments = _take_preset(arguments)
-    resuming = "--resume" in arguments
-    start = _begun_config(_find_option(arguments, "--out"), preset) if resuming else _preset_config(preset)
-
-    flags = _parse(TrainFlags, "train", arguments, TrainFlags(start))
-    if resuming:
-        _check_unchanged(start, flags.config)
-    from vitrail.train import Interrupted, resume, train
-
-    out = flags.out or _next_run_folder(flags.config)
-    try:
-        with ProgressDisplay(flags.quiet) as display:
-            run = resume(out, display) if resuming else train(flags.config, out, display)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop}; go on with: vitrail train --resume --out {out}") from stop
-    last = run.read_metrics()[-1]
-    if flags.json:
-        print(json.dumps({"run": str(run.folder), **last}))
-    else:
-        print(f"{run.folder}: val accuracy {last['val_accuracy']:.1%} after {last['elapsed_s'] / 60:.1f} min")
-        print(f"next: vitrail evaluate {run.folder}")
-
-
-def _take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The preset, given as the first word or by --preset, and the other arguments."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    return _find_option(arguments, "--preset"), arguments
-
-
-def _find_option(arguments: list[str], name: str) -> str | None:
-    """The value of an option whose value decides how the others are read."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-        if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
-
-
-def _preset_config(preset: str | None) -> Any:
-    from vitrail.presets import DEFAULT_PRESET, get_preset
-
-    return get_preset(preset or DEFAULT_PRESET)
-
-
-def _begun_config(out: str | None, preset: str | None) -> Any:
-    """What the run to resume was asked for."""
-    from vitrail.run import load_run
-
-    if out is None:
-        raise VitrailError("--resume needs the run to go on with; give --out RUN")
-    begun = load_run(out).config.asked()
-    if preset not in (None, begun.preset):
-        raise VitrailError(f"{out} began with the preset {begun.preset}, not {preset}; leave the preset out")
-    return begun
-
-
-def _check_unchanged(begun: Any, asked: Any) -> None:
-    """Raise VitrailError if a flag beside --resume asks for another run than the one begun."""
-    from vitrail.config import to_dict
-
-    for name, value in to_dict(begun).items():
-        now = to_dict(asked)[name]
-        if now != value:
-            raise VitrailError(f"a resumed run keeps its config: {name} was {value}, now {now}; leave that flag out")
-
-
-def _next_run_folder(config: Any) -> Path:
-    stem = f"{config.preset}-{Path(config.data).resolve().name}"
-    return next(p for n in itertools.count(1) if not (p := Path("runs") / f"{stem}-{n}").exists())
-
-
-def _evaluate(arguments: list[str]) -> None:
-    from vitrail.console import ProgressDisplay
-    from vitrail.flags import EvaluateFlags
-
-    flags = _parse(EvaluateFlags, "evaluate", arguments)
-    from vitrail.evaluate import evaluate, save_evaluation
-    from vitrail.run import load_run
-
-    run = load_run(flags.model)
-    with ProgressDisplay(flags.quiet) as display:
-        metrics = evaluate(run, flags.data, flags.split, display)
-    files = save_evaluation(metrics, flags.split, flags.out or run.folder)
-    if flags.json:
-        print(json.dumps({"split": flags.split, **asdict(metrics)}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("class", "accuracy", "images", "most often taken for")
-    for i, (name, accuracy) in enumerate(metrics.per_class.items()):
-        row = metrics.confusion[i]
-        wrong, taken_for = max(
-            (count, other) for j, (count, other) in enumerate(zip(row, metrics.per_class, strict=True)) if j != i
-        )
-        mistaken = f"{taken_for} ({wrong})" if wrong else "–"
-        table.add_row(name, "–" if accuracy is None else f"{accuracy:.1%}", str(sum(row)), mistaken)
-    Console().print(table)
-    print(
-        f"{flags.split}: accuracy {metrics.accuracy:.2%} (95% interval {metrics.accuracy_low:.2%} to "
-        f"{metrics.accuracy_high:.2%}) on {metrics.count} images, loss {metrics.loss:.3f}, "
-        f"calibration error {metrics.ece:.3f}"
-    )
-    print("wrote " + " and ".join(map(str, files)))
-
-
-def _predict(arguments: list[str]) -> None:
-    from vitrail.console import ProgressDisplay
-    from vitrail.flags import PredictFlags
-
-    flags = _parse(PredictFlags, "predict", arguments)
-    from vitrail.predict import load
-
-    classifier = load(flags.model)
-    with ProgressDisplay(flags.quiet) as display:
-        predictions = classifier.predict(flags.images, flags.top, display)
-    if flags.json:
-        print(json.dumps({"predictions": [asdict(p) for p in predictions]}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("picture", *(f"{i + 1}." for i in range(len(predictions[0].top))))
-    for prediction in predictions:
-        table.add_row(prediction.path, *(f"{guess.label} {guess.probability:.1%}" for guess in prediction.top))
-    Console().print(table)
-
-
-def _bench(arguments: list[str]) -> None:
-    from vitrail.console import ProgressDisplay
-    from vitrail.flags import BenchFlags
-
-    flags = _parse(BenchFlags, "bench", arguments)
-    from vitrail.bench import run_benchmark
-    from vitrail.config import RunConfig
-    from vitrail.resolve import choose_machine
-
-    machine = choose_machine(RunConfig(device="cpu", threads=flags.threads))
-    with ProgressDisplay(flags.quiet) as display:
-        result = run_benchmark(flags.minutes, machine.threads, machine.precision == "bf16", display)
-    if flags.json:
-        print(json.dumps(result))
-        return
-    from rich.console import Console
-
-    from vitrail.bench.table import build_tables
-
-    console = Console()
-    for table in build_tables(result):
-        console.print(table)
-    for line in result["left_out"]:
-        print(f"left out: {line}")

@@ -59,6 +59,52 @@ class PredictFlags:
 
 
 @dataclass
+class ExplainFlags:
+    """Where the model looks in a picture: every head, rollout, and the evidence for a class, in one figure."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, or a checkpoint in one."""
+    image: tyro.conf.Positional[Path]
+    """A picture file of any size, mode and orientation."""
+    out: Path | None = None
+    """The figure, .png, .svg or .pdf, with its numbers beside it as .json; by default IMAGE-explained.png here."""
+    method: Literal["all", "attention", "rollout", "relevance"] = "all"
+    """All in one figure, or one map: attention of the last block, attention rollout, relevance for a class."""
+    label: str | None = None
+    """The class that relevance speaks for; by default the one predicted."""
+    layer: int | None = None
+    """Show the attention of this block alone, counted from 1."""
+    head: int | None = None
+    """Show the attention of this head alone, counted from 1; needs --layer."""
+    fusion: Literal["mean", "max", "min"] = "mean"
+    """How rollout makes one map of a block's heads."""
+    discard_ratio: float = 0.0
+    """Share of each token's smallest looks that rollout drops, from 0 to below 1."""
+    json: bool = False
+    """Print one JSON object: the numbers behind the figure."""
+
+
+@dataclass
+class ReportFlags:
+    """Write one self-contained page on a run: how it trained, how good it is, how it sees, how far to trust that."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, or a checkpoint in one."""
+    out: Path | None = None
+    """The page, with its numbers beside it as .json; by default report.html in the run folder."""
+    lang: Literal["en", "ko"] = "en"
+    """Language of the page."""
+    data: str | None = None
+    """The images; by default those the model was trained on."""
+    split: Literal["test", "val", "train"] = "test"
+    """Which of the splits. Choose on val; read test once, at the end."""
+    json: bool = False
+    """Print one JSON object: the page and its main figures."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclass
 class BenchFlags:
     """This machine's speed: vitrail beside timm, vit-pytorch, transformers, torchvision, ONNX Runtime and OpenVINO."""
 

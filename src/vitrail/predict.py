@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.batch import normalize
-from vitrail.data import BadImageError, open_image, to_pixels
+from vitrail.data import open_picture, to_pixels
 from vitrail.errors import Event, Listener, VitrailError, ignore_events
 from vitrail.run import Run, load_run
 
@@ -60,7 +60,7 @@ class Classifier:
         if top < 1:
             raise VitrailError(f"top is {top}; give at least 1")
         names = [image.__class__.__name__ if isinstance(image, Image.Image) else str(image) for image in images]
-        opened = [_open(image) for image in images]
+        opened = [open_picture(image) for image in images]
         predictions: list[Prediction] = []
         for i, (name, image) in enumerate(zip(names, opened, strict=True)):
             # One at a time: a picture's answer must not depend, in its last bit, on those beside it.
@@ -71,15 +71,6 @@ class Classifier:
             predictions.append(Prediction(name, guesses))
             listener(Event(task="predicting", done=i + 1, total=len(images)))
         return predictions
-
-
-def _open(image: str | Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        return open_image(Path(image))
-    except BadImageError as error:
-        raise VitrailError(f"cannot read the image {image}: {error}") from error
 
 
 def load(model: str | Path) -> Classifier:

@@ -162,15 +162,18 @@ class VisionTransformer(nn.Module):
         VitrailError: if the patch size does not divide the image size.
     """
 
+    # Tokens before the patches, which stand for no place in the picture: here the class token alone.
+    num_prefix_tokens = 1
+
     def __init__(self, config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> None:
         super().__init__()
         num_patches = check_patches(config, image_size)
-        grid_size = image_size // config.patch_size
+        self.grid_size = grid_size = image_size // config.patch_size
         width, depth = config.embed_dim, config.depth
-        self.pool = config.pool
+        self.pool, self.num_heads = config.pool, config.num_heads
         self.patch_embed = PatchEmbed(config.patch_size, num_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, width))
         self.pos_drop = nn.Dropout(config.drop_rate)
         rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([Block(config, grid_size, rate) for rate in rates])
@@ -186,11 +189,17 @@ class VisionTransformer(nn.Module):
 
     def trace(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [B, K], and the attention of every block [L, B, H, T, T], rows summing to one."""
-        x, attention = self.embed(images), []
+        logits, attention = self.trace_blocks(images)
+        return logits, torch.stack(attention)
+
+    def trace_blocks(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `trace`, with each block's attention [B, H, T, T] as it stands in autograd's graph, so that
+        one can ask for the logits' gradient on it."""
+        x, attention = self.embed(images), list[Tensor]()
         for block in self.blocks:
             x, weights = block(x)
             attention.append(weights)
-        return self.classify(x), torch.stack(attention)
+        return self.classify(x), attention
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1)."""
@@ -201,7 +210,7 @@ class VisionTransformer(nn.Module):
     def classify(self, x: Tensor) -> Tensor:
         """Encoded tokens [B, T, D] to logits [B, K] (equation 4)."""
         x = self.norm(x)
-        return self.head(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1))
+        return self.head(x[:, 0] if self.pool == "cls" else x[:, self.num_prefix_tokens :].mean(dim=1))
 
     @torch.no_grad()
     def _init_weights(self, init: str) -> None:

@@ -1,7 +1,6 @@
 """The decoded splits, and the batches cut from them."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +30,6 @@ class ImageSet:
     def take(self, indices: Tensor) -> Batch:
         """The images at `indices`, as a batch of weight one."""
         return Batch(self.images[indices], self.labels[indices], torch.ones(len(indices)))
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order; the last batch is padded to full size with copies of weight 0."""
-        for start in range(0, len(self), batch_size):
-            indices = torch.arange(start, start + batch_size)
-            batch = self.take(indices.clamp_max(len(self) - 1))
-            yield Batch(batch.images, batch.labels, (indices < len(self)).float())
 
 
 def split_records(source: str, config: InputConfig, seed: int) -> dict[str, Records]:

@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,16 @@ def open_image(item: Item) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(str(error)) from error
     return _to_8_bits(image)
+
+
+def open_picture(image: str | Path | Image.Image) -> Image.Image:
+    """A picture a person named, or one already open. Raises VitrailError naming a file that cannot be read."""
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return open_image(Path(image))
+    except BadImageError as error:
+        raise VitrailError(f"cannot read the image {image}: {error}") from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
