@@ -23,7 +23,7 @@ from vitrail.config import (
 )
 from vitrail.errors import VitrailError
 from vitrail.presets import PRESETS, get_preset
-from vitrail.schedule import lr_factor, plan_steps
+from vitrail.schedule import image_side, lr_factor, plan_steps
 
 models = st.builds(
     ModelConfig,
@@ -121,6 +121,14 @@ def test_the_schedule_stays_in_bounds_rises_then_falls(
     assert factors[top:] == sorted(factors[top:], reverse=True)
     if num_steps - top > 20:
         assert factors[-1] < 0.1
+
+
+def test_images_grow_from_half_to_three_quarters_to_all() -> None:
+    sides = [image_side(step, 10, coarse_fraction=0.6, image_size=32, patch_size=4) for step in range(10)]
+    assert sides == [16, 16, 16, 24, 24, 24, 32, 32, 32, 32]
+    assert {image_side(step, 10, 0.0, 32, 4) for step in range(10)} == {32}
+    assert image_side(0, 10, 0.5, 8, 8) == 8  # a single patch is as coarse as it gets
+    assert image_side(4, 10, 0.5, 28, 7) == 21
 
 
 @given(seconds=st.floats(10, 1e5), step_s=st.floats(1e-3, 2), val_s=st.floats(0, 5), batch=st.integers(1, 512))

@@ -84,7 +84,9 @@ def test_relevance_agrees_with_the_equations(pool: str) -> None:
         query, key, value = block.attn.qkv(block.norm1(x)).split(6, -1)
         outs = []
         for h, part in enumerate((slice(0, 3), slice(3, 6))):
-            weights = torch.softmax(query[:, part] @ key[:, part].T / 3**0.5 + block.attn.rel_pos()[h], -1)
+            weights = torch.softmax(
+                query[:, part] @ key[:, part].T / 3**0.5 + block.attn.rel_pos(model.grid_size)[h], -1
+            )
             attention[number, h] = weights.detach().numpy()
             outs.append((weights + zeros[number, h]) @ value[:, part])
         x = x + block.attn.proj(torch.cat(outs, -1))
@@ -189,13 +191,13 @@ def test_position_vectors_of_a_model_leave_the_prefix_out() -> None:
     vectors = position_vectors(model)
     assert torch.equal(vectors["embedding"], model.pos_embed[0, 1:].detach())
     block, head, i = 1, 2, 5
-    row = model.blocks[block].attn.rel_pos()[head, i + 1, 1:].detach()
+    row = model.blocks[block].attn.rel_pos(model.grid_size)[head, i + 1, 1:].detach()
     start = 9 * (3 * block + head)
     torch.testing.assert_close(vectors["bias"][i, start : start + 9], row - row.mean())
     table = relative_bias(model)
     assert table.shape == (3, 3, 5, 5)
     # patch 4 is the middle one, patch 1 lies above it
-    assert table[block, head, 1, 2] == model.blocks[block].attn.rel_pos()[head, 5, 2]
+    assert table[block, head, 1, 2] == model.blocks[block].attn.rel_pos(model.grid_size)[head, 5, 2]
     assert relative_bias(sharp_model(rel_pos="none")) is None
     assert set(position_vectors(sharp_model(rel_pos="none"))) == {"embedding"}
 

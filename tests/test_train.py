@@ -370,6 +370,38 @@ def test_a_budget_in_seconds_becomes_the_steps_that_fit(trained: Run, monkeypatc
     assert 40 < num_steps <= 170  # fewer where the machine is busy, never more
 
 
+def test_the_probe_weighs_each_image_size_by_its_share(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full size takes 0.04 s for half the steps; the rest take next to none, so a step takes 0.02 s on average."""
+
+    class CoarseLearner:
+        def __init__(self, config: ResolvedConfig) -> None:
+            self.num_steps = config.num_steps
+
+        def step(self, _: Batch, step: int) -> float:
+            time.sleep(0.04 if step >= 0.5 * self.num_steps else 0.0)
+            return 0.0
+
+        def working_copy(self) -> None:
+            return None
+
+    resolve_room = import_module("vitrail.resolve")
+    monkeypatch.setattr(resolve_room, "Learner", CoarseLearner)
+    monkeypatch.setattr(resolve_room, "compute_logits", lambda *_: None)
+    images = ImageSet(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), ("a",), 0)
+    config = replace(trained.config, budget="6s", optim=OptimConfig(coarse_fraction=0.5))
+    num_steps = resolve_room.plan_num_steps(config, images, images, spent_s=2.0)
+    assert 90 < num_steps <= 185  # all at the full size would be 85
+
+
+def test_coarse_steps_see_smaller_images(trained: Run) -> None:
+    learner, batch = learner_of(trained, optim=OptimConfig(coarse_fraction=0.8), num_steps=10)
+    seen: list[int] = []
+    learner._replicas[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    for step in range(10):
+        assert learner.step(batch, step) > 0
+    assert seen == [4, 4, 4, 4, 6, 6, 6, 6, 8, 8]
+
+
 def test_a_run_with_a_budget_in_seconds_keeps_its_words_in_the_config(tmp_path: Path) -> None:
     run = train(make_config(budget="2s"), tmp_path / "run")
     assert run.config.budget == "2s"

@@ -111,7 +111,7 @@ def test_mean_pooling_ignores_the_class_token_and_cls_reads_it() -> None:
 
 def test_neighbour_start_gives_each_head_one_neighbour() -> None:
     torch.manual_seed(0)
-    bias = RelPosBias(grid_size=4, num_heads=8, start="neighbour")()
+    bias = RelPosBias(grid_size=4, num_heads=8, start="neighbour")(4)
     assert bias.shape == (8, 17, 17)
     assert bias[:, 0].abs().max() == 0
     assert bias[:, :, 0].abs().max() == 0
@@ -124,11 +124,35 @@ def test_neighbour_start_gives_each_head_one_neighbour() -> None:
 
 def test_relative_bias_depends_on_the_offset_alone() -> None:
     rel_pos = RelPosBias(grid_size=3, num_heads=1, start="zero")
-    assert rel_pos().abs().max() == 0
+    assert rel_pos(3).abs().max() == 0
     nn.init.normal_(rel_pos.relative_position_bias_table)
-    bias = rel_pos()[0, 1:, 1:].reshape(3, 3, 3, 3)
+    bias = rel_pos(3)[0, 1:, 1:].reshape(3, 3, 3, 3)
     assert bias[0, 0, 0, 1] == bias[1, 1, 1, 2] == bias[2, 0, 2, 1]
     assert bias[0, 0, 0, 1] != bias[0, 1, 0, 0]
+
+
+def test_a_smaller_grid_keeps_the_bias_of_each_offset() -> None:
+    rel_pos = RelPosBias(grid_size=5, num_heads=2, start="zero")
+    nn.init.normal_(rel_pos.relative_position_bias_table)
+    large, small = rel_pos(5)[:, 1:, 1:].reshape(2, 5, 5, 5, 5), rel_pos(3)[:, 1:, 1:].reshape(2, 3, 3, 3, 3)
+    assert rel_pos(3).shape == (2, 10, 10)
+    for y, x, dy, dx in ((0, 0, 2, 1), (2, 2, -1, -2), (1, 0, 0, 0)):
+        assert torch.equal(small[:, y, x, y + dy, x + dx], large[:, 2, 2, 2 + dy, 2 + dx])
+
+
+def test_a_model_reads_smaller_images_with_positions_in_between() -> None:
+    model, images = build(rel_pos="neighbour")  # of 16 pixels, in 4×4 patches
+    with torch.no_grad():
+        model.pos_embed[0, 1:, 0] = torch.arange(4).float().repeat_interleave(4)
+        logits, attention = model.trace(images[:, :, :8, :8])
+        added = model._resample_pos_embed(2)
+    assert logits.shape == (2, 5)
+    assert attention.shape == (3, 2, 4, 5, 5)
+    # Half as many rows: each lies between two of the old.
+    torch.testing.assert_close(added[0, 1:, 0], torch.tensor([0.5, 0.5, 2.5, 2.5]))
+    assert torch.equal(added[:, :1], model.pos_embed[:, :1])
+    with pytest.raises(VitrailError, match="images of 8×8 patches, the model was built for 4×4; make them smaller"):
+        model(torch.zeros(1, 3, 32, 32))
 
 
 def test_zero_residual_blocks_begin_as_the_identity() -> None:

@@ -75,7 +75,7 @@ def position_vectors(model: VisionTransformer) -> dict[str, Tensor]:
     vectors = {"embedding": model.pos_embed.detach()[0, first:].cpu()}
     tables = _bias_tables(model)
     if tables:
-        rows = torch.cat([table().detach()[:, first:, first:].cpu() for table in tables])  # [L·H, N, N]
+        rows = torch.cat([table(model.grid_size).detach()[:, first:, first:].cpu() for table in tables])  # [L·H, N, N]
         vectors["bias"] = (rows - rows.mean(-1, keepdim=True)).transpose(0, 1).flatten(1)
     return vectors
 

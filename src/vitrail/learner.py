@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 
 import torch
@@ -13,7 +14,7 @@ from vitrail.augment import Augment
 from vitrail.batch import Batch
 from vitrail.config import ResolvedConfig
 from vitrail.optim import build_ema, build_optimizers, set_lr
-from vitrail.schedule import lr_factor
+from vitrail.schedule import image_side, lr_factor
 from vitrail.vit import build_vit
 
 # More replicas than this were never measured; the threads beyond them go to the replicas' own operations.
@@ -35,6 +36,7 @@ class Learner:
     def __init__(self, config: ResolvedConfig) -> None:
         pre = config.preprocessing
         self._config, self._num_steps = config.optim, config.num_steps
+        self._image_size, self._patch_size = pre.image_size, config.model.patch_size
         self._seed, self._device = config.seed, torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes))
@@ -53,7 +55,7 @@ class Learner:
     def step(self, batch: Batch, step: int) -> float:
         """Learn from one batch of uint8 images at step number `step`; returns the loss in nats."""
         torch.manual_seed(self._seed * 1_000_003 + step)
-        batch = self._augment(batch, step * self._config.batch_size)
+        batch = self._shrink(self._augment(batch, step * self._config.batch_size), step)
         self._refresh_replicas()
         parts = batch.split(len(self._replicas))
         loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(batch.weight.sum())))
@@ -75,6 +77,14 @@ class Learner:
         loss = (losses * part.weight.to(self._device)).sum() / total_weight
         loss.backward()
         return loss.item()
+
+    def _shrink(self, batch: Batch, step: int) -> Batch:
+        """The batch with its images at the size that `step` asks for; area means, as pixels are means over areas."""
+        size = self._image_size
+        side = image_side(step, self._num_steps, self._config.coarse_fraction, size, self._patch_size)
+        if side == size:
+            return batch
+        return replace(batch, images=F.interpolate(batch.images, size=(side, side), mode="area"))
 
     def lr_factor(self, step: int) -> float:
         """The share of the peak learning rate in use at `step`."""

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections import Counter
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from vitrail.data import ImageSet, SampleStream, fingerprint
 from vitrail.errors import VitrailError, VitrailWarning
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
-from vitrail.schedule import plan_steps
+from vitrail.schedule import image_side, plan_steps
 
 PROBE_S = 10.0
 PROBE_SHARE = 0.1
+# The probe takes steps of a run of this length, one for each size its images have.
+PROBE_RUN_STEPS = 1000
 
 
 def choose_machine(config: RunConfig) -> RunConfig:
@@ -66,17 +69,22 @@ def plan_num_steps(config: ResolvedConfig, train_set: ImageSet, val_set: ImageSe
     if budget.unit == "epochs":
         return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
     began = time.monotonic()
-    learner, times = Learner(config), list[float]()
+    optim, size, patch = config.optim, config.preprocessing.image_size, config.model.patch_size
+    sides = [image_side(i, PROBE_RUN_STEPS, optim.coarse_fraction, size, patch) for i in range(PROBE_RUN_STEPS)]
+    shares = {sides.index(side): count / PROBE_RUN_STEPS for side, count in Counter(sides).items()}
+    learner, times = Learner(replace(config, num_steps=PROBE_RUN_STEPS)), list[float]()
     while time.monotonic() - began < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 3:
-        start = time.monotonic()
-        learner.step(train_set.take(torch.arange(batch_size) % len(train_set)), 0)
-        times.append(time.monotonic() - start)
+        times.append(0.0)
+        for step, share in shares.items():
+            start = time.monotonic()
+            learner.step(train_set.take(torch.arange(batch_size) % len(train_set)), step)
+            times[-1] += share * (time.monotonic() - start)
     part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
     start = time.monotonic()
     compute_logits(learner.working_copy(), part, config.preprocessing)
     val_s = (time.monotonic() - start) * len(val_set) / len(part)
     left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
-    # The first step also warms up, so it does not count.
+    # The first time also warms up, so it does not count.
     return plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
 
 

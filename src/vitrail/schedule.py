@@ -1,4 +1,4 @@
-"""The learning rate over a run, and how a budget becomes a number of steps. No torch here."""
+"""The learning rate and the size of the images over a run, and how a budget becomes steps. No torch here."""
 
 import math
 from typing import Literal
@@ -17,6 +17,19 @@ def lr_factor(step: int, num_steps: int, warmup_fraction: float, decay: Literal[
         return (step + 1) / (warmup_steps + 1)
     left = (num_steps - step) / (num_steps - warmup_steps)
     return left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def image_side(step: int, num_steps: int, coarse_fraction: float, image_size: int, patch_size: int) -> int:
+    """The side in pixels of the images to train on at `step`, counted from 0: half, then three quarters, then all.
+
+    The first half of `coarse_fraction` of the steps is taken at half the side, the second at three
+    quarters, each brought to a multiple of the patch size.
+    """
+    share = step / num_steps
+    if share >= coarse_fraction:
+        return image_size
+    scale = 0.5 if share < coarse_fraction / 2 else 0.75
+    return max(1, round(scale * image_size / patch_size)) * patch_size
 
 
 def plan_steps(budget: Budget, epoch_images: int, batch_size: int, step_s: float, val_s: float) -> int:

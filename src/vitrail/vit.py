@@ -7,11 +7,14 @@ its attention at hand. Attention is two batched matrix products around a softmax
 trains about twice as fast as the fused kernel, whose backward pass is slow there.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.config import ModelConfig, check_patches
+from vitrail.errors import VitrailError
 
 NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 # exp(5) is about 150, so a head that starts here gives its one neighbour more weight than the other 64 tokens.
@@ -77,13 +80,14 @@ class RelPosBias(nn.Module):
         y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         y, x = y.flatten(), x.flatten()
         row, column = y[None] - y[:, None] + grid_size - 1, x[None] - x[:, None] + grid_size - 1
-        self.register_buffer("index", (row * span + column).flatten(), persistent=False)
-        self.num_patches = grid_size**2
+        index = (row * span + column).reshape((grid_size,) * 4)
+        self.register_buffer("index", index, persistent=False)
 
-    def forward(self) -> Tensor:
-        """The bias [H, T, T]: row = the patch that looks, column = the patch looked at."""
-        bias = self.relative_position_bias_table.index_select(1, self.index)
-        return F.pad(bias.unflatten(1, (self.num_patches, self.num_patches)), (1, 0, 1, 0))
+    def forward(self, grid_size: int) -> Tensor:
+        """The bias [H, T, T] in a grid no larger than its own: row = the patch that looks, column = that looked at."""
+        index = self.index[:grid_size, :grid_size, :grid_size, :grid_size]
+        bias = self.relative_position_bias_table.index_select(1, index.flatten())
+        return F.pad(bias.unflatten(1, (grid_size**2, grid_size**2)), (1, 0, 1, 0))
 
 
 class Attention(nn.Module):
@@ -104,7 +108,7 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         similarity = (query * self.scale) @ key.transpose(-2, -1)
         if self.rel_pos is not None:
-            similarity = similarity + self.rel_pos()
+            similarity = similarity + self.rel_pos(math.isqrt(t))
         weights = similarity.softmax(dim=-1)
         heads = (weights @ value).transpose(1, 2).reshape(b, t, d)
         return self.proj_drop(self.proj(heads)), weights
@@ -202,10 +206,28 @@ class VisionTransformer(nn.Module):
         return self.classify(x), attention
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1)."""
+        """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1).
+
+        S may be smaller than what the model was built for. Raises VitrailError if it is larger.
+        """
         patches = self.patch_embed(images)
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
-        return self.pos_drop(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
+        pos_embed = self._resample_pos_embed(images.shape[-1] // self.patch_embed.patch_size)
+        return self.pos_drop(torch.cat([cls_token, patches], dim=1) + pos_embed)
+
+    def _resample_pos_embed(self, grid_size: int) -> Tensor:
+        """The position embeddings for a grid, bilinearly between those learned (section 3.2, for finer grids there)."""
+        if grid_size == self.grid_size:
+            return self.pos_embed
+        if grid_size > self.grid_size:
+            raise VitrailError(
+                f"images of {grid_size}×{grid_size} patches, "
+                f"the model was built for {self.grid_size}×{self.grid_size}; make them smaller"
+            )
+        prefix, patches = self.pos_embed.split([self.num_prefix_tokens, self.grid_size**2], dim=1)
+        grid = patches.mT.unflatten(2, (self.grid_size, self.grid_size))
+        resampled = F.interpolate(grid, size=(grid_size, grid_size), mode="bilinear")
+        return torch.cat([prefix, resampled.flatten(2).mT], dim=1)
 
     def classify(self, x: Tensor) -> Tensor:
         """Encoded tokens [B, T, D] to logits [B, K] (equation 4)."""
