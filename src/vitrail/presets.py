@@ -19,7 +19,8 @@ PRESETS: dict[str, RunConfig] = {
     "quick": RunConfig(
         preset="quick",
         budget="10min",
-        model=ModelConfig(rel_pos="neighbour", init="zero_residual"),
+        model=ModelConfig(num_heads=4, rel_pos="neighbour", init="zero_residual"),
+        optim=OptimConfig(coarse_fraction=0.65),
     ),
 }
 
