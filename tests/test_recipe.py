@@ -1,0 +1,69 @@
+"""Whether the recipe is worth its words: `quick` against a ViT as commonly written, a minute each on 2,000 images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageDraw
+
+from vitrail.config import ModelConfig, OptimConfig, RunConfig
+from vitrail.presets import get_preset
+from vitrail.run import Run
+from vitrail.train import train
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+NUM_TRAIN, NUM_VAL, SIDE = 2000, 500, 32
+# Points of val accuracy; measured: see docs/lab-notebook.md, "is the recipe worth its words?".
+MARGIN = 0.10
+
+
+def draw_shape(shape: str, rng: np.random.Generator) -> Image.Image:
+    """A shape of a dozen pixels, somewhere on a background of noise, in a colour that says nothing."""
+    noise = rng.integers(0, 160, (SIDE // 4, SIDE // 4, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    draw, size = ImageDraw.Draw(image), int(rng.integers(9, 15))
+    x, y = (int(v) for v in rng.integers(0, SIDE - size, 2))
+    colour = tuple(int(v) for v in rng.integers(80, 256, 3))
+    box, middle = (x, y, x + size, y + size), size // 2
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y + size), (x + size, y + size), (x + middle, y)], fill=colour)
+    elif shape == "cross":
+        draw.line([(x, y + middle), (x + size, y + middle)], fill=colour, width=4)
+        draw.line([(x + middle, y), (x + middle, y + size)], fill=colour, width=4)
+    else:
+        draw.ellipse(box, outline=colour, width=3)
+    pixels: npt.NDArray[np.float64] = np.asarray(image) + rng.normal(0, 12, (SIDE, SIDE, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` and `val/` with the five shapes, and a `test/` that nobody reads."""
+    root, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL), ("test", len(SHAPES))):
+        for i in range(count):
+            path = root / split / SHAPES[i % len(SHAPES)] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_shape(path.parent.name, rng).save(path)
+    return root
+
+
+def accuracy_after_a_minute(config: RunConfig, data: Path, out: Path) -> tuple[float, Run]:
+    run = train(replace(config, data=str(data), budget="60s"), out)
+    return run.read_metrics()[-1]["val_accuracy"], run
+
+
+def test_the_recipe_beats_plain_adamw_in_a_minute(shapes: Path, tmp_path: Path) -> None:
+    quick = get_preset("quick")
+    plain = replace(quick, model=ModelConfig(), optim=OptimConfig(optimizer="adamw", lr=1e-3))
+    ours, run = accuracy_after_a_minute(quick, shapes, tmp_path / "quick")
+    theirs, other = accuracy_after_a_minute(plain, shapes, tmp_path / "plain")
+    assert run.config.num_train == other.config.num_train == NUM_TRAIN
+    assert max(run.read_metrics()[-1]["elapsed_s"], other.read_metrics()[-1]["elapsed_s"]) < 75
+    assert ours > theirs + MARGIN, f"quick {ours:.1%}, plain AdamW {theirs:.1%}"
