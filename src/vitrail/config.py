@@ -116,7 +116,7 @@ class AugmentConfig:
     """What is done to the training images, each drawn anew for every image and pass."""
 
     crop_padding: int = 4
-    """Pixels of black around the image before a crop of the old size."""
+    """Pixels by which the image is mirrored beyond its edges before a crop of the old size."""
     flip: bool = True
     """Mirror half of the images left to right; turn it off where the side has a meaning (digits)."""
     policy: Literal["none", "trivialaugment", "randaugment"] = "none"

@@ -116,6 +116,7 @@ def cut(pixels: Tensor, patch_size: int) -> Array:
 
 
 def show(axes: Axes, image: Array, title: str = "", **options: Any) -> Any:
+    """An image under its title, with no axes; returns what a colour bar wants."""
     axes.set_axis_off()
     axes.set_title(title)
     return axes.imshow(image, **options)

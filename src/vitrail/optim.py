@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     Differs from torch.optim.Muon in speed alone: matrices of one shape are orthogonalised together, in
     `dtype`. That one works in bf16 always, which a CPU without bf16 products only emulates: there its step
-    took as long as a fifth of forward and backward together, this one a thirtieth.
+    took as long as a fifth of forward and backward together, this one a twenty-fifth.
     """
 
     def __init__(

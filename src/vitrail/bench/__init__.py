@@ -79,12 +79,10 @@ def _time_training(session: Session, precisions: tuple[Precision, ...]) -> tuple
         readme = session.screen([Entry("train", Setup(name), size) for size in TRAIN_BATCH_SIZES], turn_s=1)
         switched = [replace(readme, setup=setup) for setup in _switches(name, precisions)]
         entries += [readme, session.screen(switched, turn_s=1)]
-    extra = {
-        task: Entry(task, ours, stage.ours.batch_size) for task in ("products_shared", "products_apart", "augment")
-    }
-    rounds = session.alternate([*entries, *extra.values()], turn_s=1, reserve_s=INFERENCE_S)
-    step, augment = rounds[stage.ours], rounds.pop(extra["augment"])
-    limits = [rounds.pop(extra[task]) for task in ("products_shared", "products_apart")]
+    parts = [replace(stage.ours, task=task) for task in ("augment", "products_shared", "products_apart")]
+    rounds = session.alternate([*entries, *parts], turn_s=1, reserve_s=INFERENCE_S)
+    step = rounds[stage.ours]
+    augment, *limits = (rounds.pop(part) for part in parts)
     limit = max(limits, key=statistics.median)
     stage.add(rounds)
     return stage, {
@@ -175,9 +173,8 @@ def _tell_latency(stage: Stage) -> dict[str, Any]:
 def _describe_machine(threads: int, fast_bf16: bool) -> dict[str, Any]:
     import torch
 
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     return {
-        "cpu": name,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "threads": threads,
         "cores": os.cpu_count(),
         "fast_bf16": fast_bf16,

@@ -13,7 +13,6 @@ MODEL = ModelConfig(patch_size=4, embed_dim=192, depth=9, num_heads=3, mlp_ratio
 IMAGE_SIZE, NUM_CLASSES = 32, 10
 MLP_DIM = int(MODEL.embed_dim * MODEL.mlp_ratio)
 
-
 Precision = Literal["fp32", "bf16"]
 
 
@@ -28,7 +27,8 @@ class Setup:
     """Whether attention is one fused kernel, where the library leaves the choice."""
 
     def __str__(self) -> str:
-        parts = [self.precision if self.precision == "fp32" or self.name in OURS else f"{self.precision} autocast"]
+        plain = self.precision == "fp32" or self.name in NO_AUTOCAST
+        parts = [self.precision if plain else f"{self.precision} autocast"]
         if self.name in CHOOSES_ATTENTION:
             parts.append("fused attention" if self.fused_attn else "plain attention")
         return ", ".join([*parts, "compiled"] if self.compile else parts)
@@ -113,7 +113,7 @@ PEERS: dict[str, Callable[[bool], nn.Module]] = {
     "torchvision": _build_torchvision,
 }
 RUNTIMES = ("onnxruntime", "openvino")
-OURS = ("vitrail", *RUNTIMES)
+NO_AUTOCAST = ("vitrail", *RUNTIMES)
 CHOOSES_ATTENTION = ("timm", "transformers")
 
 
