@@ -23,7 +23,7 @@ from vitrail.data import ImageSet
 from vitrail.errors import Event, VitrailError, VitrailWarning
 from vitrail.learner import Learner, count_replicas
 from vitrail.optim import Muon, build_ema, build_optimizers, orthogonalize, set_lr, split_parameters
-from vitrail.resolve import has_compiler
+from vitrail.resolve import choose_machine, has_compiler
 from vitrail.run import Run, load_run
 from vitrail.train import Interrupted, resume, train
 from vitrail.vit import build_vit
@@ -87,6 +87,18 @@ def test_muon_moves_as_torchs_own() -> None:
         ours = moved(lambda m, dtype=dtype: Muon(m, lr=0.1, weight_decay=0.1, dtype=dtype))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_muon_takes_a_convolutions_filters_as_a_matrix() -> None:
+    filters = nn.Parameter(torch.randn(8, 4, 3, 3))
+    matrix = nn.Parameter(filters.detach().flatten(1).clone())
+    muons = [Muon([filters], lr=0.1), Muon([matrix], lr=0.1)]
+    for _ in range(2):
+        filters.grad = torch.randn_like(filters)
+        matrix.grad = filters.grad.flatten(1)
+        for muon in muons:
+            muon.step()
+    torch.testing.assert_close(filters.flatten(1), matrix, rtol=0, atol=0)
 
 
 def test_orthogonalize_brings_all_singular_values_near_one() -> None:
@@ -214,6 +226,26 @@ def test_replicas_learn_what_one_would(trained: Run) -> None:
         shared_loss, shared_gradients = one_step_gradients(trained, threads=threads)
         assert shared_loss == pytest.approx(loss, abs=1e-6)
         assert (shared_gradients - gradients).norm() < 1e-5 * gradients.norm()
+
+
+def test_a_batch_norms_running_figures_are_the_mean_of_the_replicas(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> nn.Module:
+        head = nn.Linear(num_channels * image_size**2, num_classes)
+        return nn.Sequential(nn.BatchNorm2d(num_channels), nn.Flatten(), head)
+
+    monkeypatch.setattr("vitrail.learner.build_vit", build)
+    plain, adamw = AugmentConfig(crop_padding=0, flip=False), OptimConfig(optimizer="adamw")
+    learner, batch = learner_of(trained, threads=2, augment=plain, optim=adamw)
+    parts = [normalize(half, trained.config.preprocessing) for half in batch.images.chunk(2)]
+    mean, variance = 0.0, 1.0
+    for step in range(2):
+        learner.step(batch, step)
+        mean = 0.9 * mean + 0.1 * sum(part.mean().item() for part in parts) / 2
+        variance = 0.9 * variance + 0.1 * sum(part.var().item() for part in parts) / 2
+    norm = learner.result[0]
+    assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((mean, variance), rel=1e-5)
 
 
 def test_dropout_and_compile_keep_to_one_replica(trained: Run) -> None:
@@ -406,6 +438,17 @@ def test_a_run_with_a_budget_in_seconds_keeps_its_words_in_the_config(tmp_path: 
     run = train(make_config(budget="2s"), tmp_path / "run")
     assert run.config.budget == "2s"
     assert run.config.num_steps == run.read_metrics()[-1]["step"]
+
+
+@pytest.mark.parametrize(("speedup", "precision"), [(2.5, "bf16"), (0.5, "fp32")])
+def test_bf16_is_chosen_where_it_is_measured_to_be_faster(
+    speedup: float, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_product(a: torch.Tensor, _: torch.Tensor) -> float:
+        return 1 / speedup if a.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr("vitrail.resolve._time_product", time_product)
+    assert choose_machine(make_config(precision="auto")).precision == precision
 
 
 def test_the_resolved_config_leaves_nothing_open(trained: Run) -> None:

@@ -14,14 +14,14 @@ vitrail: Vision Transformers for small images, from scratch, that one can see th
 
   vitrail train    [PRESET] --data SOURCE --out RUN       train; --resume goes on with a run exactly
   vitrail evaluate MODEL [--data SOURCE] [--split test]   accuracy with an interval, per class, confusion, calibration
-  vitrail predict  --model MODEL IMAGE...                 the likeliest classes of each picture
+  vitrail predict  [--model MODEL] IMAGE...               the likeliest classes of each picture
   vitrail explain  MODEL IMAGE [--out FIG.png]            where each head looks; rollout; the evidence for a class
   vitrail report   MODEL [--out REPORT.html]              one page: curves, errors, the paper's figures, trust
   vitrail bench    [--minutes 5]                          this machine's speed, beside other libraries and its limit
 
 PRESET is one of {presets}. SOURCE is digits, cifar10, a folder of images
 (train/<class>/*.png, optional val/ and test/) or a folder of Hugging Face parquet files.
-MODEL is a run folder, or a checkpoint in one.
+MODEL is a run folder, a checkpoint in one, or cifar10, which ships with vitrail.
 
   vitrail VERB --help    all flags of a verb, with defaults, units and meaning
   --json                 print the result as one JSON object

@@ -29,13 +29,13 @@ class EvaluateFlags:
     """Measure a model on a split: accuracy with its 95% interval, loss, per class, confusion, calibration."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a checkpoint in one."""
+    """A run folder, a checkpoint in one, or a model that ships: cifar10."""
     data: str | None = None
     """The images; by default those the model was trained on."""
     split: Literal["test", "val", "train"] = "test"
     """Which of the splits. Choose on val; read test once, at the end."""
     out: Path | None = None
-    """Folder for the figures and the picture; by default the run's."""
+    """Folder for the figures and the picture; by default the run's, or here for a model that ships."""
     json: bool = False
     """Print one JSON object."""
     quiet: bool = False
@@ -48,8 +48,8 @@ class PredictFlags:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Picture files of any size, mode and orientation."""
-    model: str
-    """A run folder, or a checkpoint in one."""
+    model: str = "cifar10"
+    """A run folder, a checkpoint in one, or a model that ships: cifar10."""
     top: int = 3
     """How many classes to show for each."""
     json: bool = False
@@ -63,7 +63,7 @@ class ExplainFlags:
     """Where the model looks in a picture: every head, rollout, and the evidence for a class, in one figure."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a checkpoint in one."""
+    """A run folder, a checkpoint in one, or a model that ships: cifar10."""
     image: tyro.conf.Positional[Path]
     """A picture file of any size, mode and orientation."""
     out: Path | None = None
@@ -89,9 +89,9 @@ class ReportFlags:
     """Write one self-contained page on a run: how it trained, how good it is, how it sees, how far to trust that."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a checkpoint in one."""
+    """A run folder, a checkpoint in one, or a model that ships: cifar10."""
     out: Path | None = None
-    """The page, with its numbers beside it as .json; by default report.html in the run folder."""
+    """The page, with its numbers beside it as .json; by default report.html in the run folder, or here."""
     lang: Literal["en", "ko"] = "en"
     """Language of the page."""
     data: str | None = None

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class Learner:
         parts = batch.split(len(self._replicas))
         loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(batch.weight.sum())))
         self._collect_gradients()
+        self._collect_statistics()
         if self._config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip_norm)
         set_lr(self._optimizers, self.lr_factor(step))
@@ -93,8 +94,16 @@ class Learner:
     @torch.no_grad()
     def _refresh_replicas(self) -> None:
         for replica in self._replicas:
-            for working, parameter in zip(replica.parameters(), self.model.parameters(), strict=True):
-                working.copy_(parameter)
+            working_tensors = chain(replica.parameters(), _statistics(replica))
+            kept_tensors = chain(self.model.parameters(), _statistics(self.model))
+            for working, kept in zip(working_tensors, kept_tensors, strict=True):
+                working.copy_(kept)
+
+    @torch.no_grad()
+    def _collect_statistics(self) -> None:
+        """Bring home what the replicas keep beside weights: of a batch norm's running figures, the mean."""
+        for kept, *workings in zip(_statistics(self.model), *map(_statistics, self._replicas), strict=True):
+            kept.copy_(torch.stack(workings).mean(0, dtype=kept.dtype))
 
     def _collect_gradients(self) -> None:
         for parameter, *workings in zip(
@@ -150,6 +159,11 @@ def count_replicas(config: ResolvedConfig) -> int:
     if config.device != "cpu" or config.compile or drops:
         return 1
     return min(config.threads, MAX_REPLICAS, config.optim.batch_size)
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """What a model measures in training rather than learns; other buffers are constants."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,16 +13,16 @@ from vitrail.config import OptimConfig
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters as (hidden matrices, other matrices, the rest), each in the model's order.
 
-    Hidden matrices are the weights of the linear layers inside `blocks`; the patch projection and
-    the head are matrices too, but face the data and the classes. Tokens, positions, norms, biases and
-    relative position tables are the rest, and are never decayed.
+    Hidden matrices are the weights of the linear and convolution layers inside `blocks`; the patch
+    projection and the head are matrices too, but face the data and the classes. Tokens, positions, norms,
+    biases and relative position tables are the rest, and are never decayed.
     """
     hidden: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in linear:
+        if id(parameter) not in weights:
             rest.append(parameter)
         elif "blocks." in name:
             hidden.append(parameter)
@@ -34,7 +34,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest matrix whose singular values are all alike, as the step (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon): Nesterov momentum, five Newton-Schulz steps, and a length of
-    lr · √max(1, rows / columns), with decoupled weight decay.
+    lr · √max(1, rows / columns), with decoupled weight decay. A convolution's filters are a matrix with a row
+    for each output channel.
 
     Differs from torch.optim.Muon in speed alone: matrices of one shape are orthogonalised together, in
     `dtype`. That one works in bf16 always, which a CPU without bf16 products only emulates: there its step
@@ -59,12 +60,13 @@ class Muon(torch.optim.Optimizer):
             same: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    same.setdefault(parameter.shape, []).append(parameter)
+                    same.setdefault(parameter.flatten(1).shape, []).append(parameter)
             for (rows, columns), matrices in same.items():
                 directions = orthogonalize(torch.stack([self._momentum(m, group["momentum"]) for m in matrices]))
                 length = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for matrix, direction in zip(matrices, directions.to(matrices[0].dtype), strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=length)
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(direction.view_as(matrix), alpha=length)
 
     def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
         gradient = cast(Tensor, matrix.grad)
@@ -72,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum).to(self._dtype)
+        return gradient.lerp(average, momentum).flatten(1).to(self._dtype)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

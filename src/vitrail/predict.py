@@ -73,6 +73,9 @@ class Classifier:
         return predictions
 
 
-def load(model: str | Path) -> Classifier:
-    """Open a run folder, or a checkpoint in it, to predict with. Raises VitrailError if it is neither."""
+def load(model: str | Path = "cifar10") -> Classifier:
+    """Open a run folder, a checkpoint in it, or a model that ships, to predict with.
+
+    Raises VitrailError if it is none of them.
+    """
     return Classifier(load_run(model))

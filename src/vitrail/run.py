@@ -28,6 +28,8 @@ from vitrail.errors import VitrailError
 from vitrail.vit import VisionTransformer, build_vit
 
 KEPT_CHECKPOINTS = 2
+# Runs that ship with the package; a name there is a model's name everywhere.
+BUNDLED = Path(__file__).parent / "models"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Run:
     folder: Path
     config: ResolvedConfig
     weights: Path
+
+    @property
+    def outputs(self) -> Path:
+        """Where what is made of the run goes unless told otherwise: into it, or here if it ships with the package."""
+        return Path() if self.folder.parent == BUNDLED else self.folder
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -134,24 +141,34 @@ def check_vacant(folder: Path) -> None:
 
 
 def load_run(model: str | Path) -> Run:
-    """Open a run folder, or one checkpoint in it (`RUN/checkpoints/step_NNNNNNNN`).
+    """Open a run folder, one checkpoint in it (`RUN/checkpoints/step_NNNNNNNN`), or a model that ships by its name.
 
     Raises:
-        VitrailError: if it is neither.
+        VitrailError: if it is none of them.
     """
     path = Path(model)
+    if not path.exists() and str(model) in list_bundled():
+        path = BUNDLED / model
     if (path / "state.safetensors").exists():
         folder, weights = path.parent.parent, path / "state.safetensors"
     else:
         folder, weights = path, path / "model.safetensors"
     config_file = folder / "config.json"
     if not config_file.exists():
-        raise VitrailError(f"no model at {path}: expected a run folder with config.json, or a checkpoint in one")
+        raise VitrailError(
+            f"no model at {path}: expected a run folder with config.json, a checkpoint in one, "
+            f"or a model that ships ({', '.join(list_bundled())})"
+        )
     try:
         config = from_dict(ResolvedConfig, json.loads(config_file.read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise VitrailError(f"{config_file} is not valid JSON: {error}") from error
     return Run(folder, config, weights)
+
+
+def list_bundled() -> list[str]:
+    """The names of the models that ship with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

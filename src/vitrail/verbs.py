@@ -114,7 +114,7 @@ def _evaluate(arguments: list[str]) -> None:
     run = load_run(flags.model)
     with ProgressDisplay(flags.quiet) as display:
         metrics = evaluate(run, flags.data, flags.split, display)
-    files = save_evaluation(metrics, flags.split, flags.out or run.folder)
+    files = save_evaluation(metrics, flags.split, flags.out or run.outputs)
     if flags.json:
         print(json.dumps({"split": flags.split, **asdict(metrics)}))
         return

@@ -28,7 +28,7 @@ def write_report(
     Raises:
         VitrailError: if the run cannot be measured, or the page not be written.
     """
-    words, page = Words(lang), out or run.folder / "report.html"
+    words, page = Words(lang), out or run.outputs / "report.html"
     if page.suffix.lower() not in (".html", ".htm"):
         raise VitrailError(f"--out is {page}; give the name of a page ending in .html")
     found = measure(run, data, split, listener)
