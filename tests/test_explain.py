@@ -193,11 +193,13 @@ def test_position_vectors_of_a_model_leave_the_prefix_out() -> None:
     block, head, i = 1, 2, 5
     row = model.blocks[block].attn.rel_pos(model.grid_size)[head, i + 1, 1:].detach()
     start = 9 * (3 * block + head)
-    torch.testing.assert_close(vectors["bias"][i, start : start + 9], row - row.mean())
-    table = relative_bias(model)
-    assert table.shape == (3, 3, 5, 5)
+    torch.testing.assert_close(vectors["bias"][i, start : start + 9], row.exp() / row.exp().sum())
+    shares = relative_bias(model)
+    assert shares.shape == (3, 3, 5, 5)
+    torch.testing.assert_close(shares.sum((2, 3)), torch.ones(3, 3))
     # patch 4 is the middle one, patch 1 lies above it
-    assert table[block, head, 1, 2] == model.blocks[block].attn.rel_pos(model.grid_size)[head, 5, 2]
+    bias = model.blocks[block].attn.rel_pos(model.grid_size)[head, 5].detach()
+    assert (shares[block, head, 1, 2] / shares[block, head, 2, 2]).log() == pytest.approx(bias[2] - bias[5], abs=1e-5)
     assert relative_bias(sharp_model(rel_pos="none")) is None
     assert set(position_vectors(sharp_model(rel_pos="none"))) == {"embedding"}
 

@@ -84,7 +84,7 @@ def test_muon_moves_as_torchs_own() -> None:
 
     theirs = moved(lambda m: torch.optim.Muon(m, lr=0.1, weight_decay=0.1, momentum=0.95))
     for dtype, tolerance in ((torch.bfloat16, 1e-6), (torch.float32, 5e-3)):
-        ours = moved(lambda m, dtype=dtype: Muon(m, lr=0.1, weight_decay=0.1, dtype=dtype))
+        ours = moved(lambda m, dtype=dtype: Muon(m, lr=0.1, weight_decay=0.1, momentum=0.95, dtype=dtype))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
@@ -187,7 +187,7 @@ def test_the_fast_path_learns_as_the_plain_one_does(trained: Run) -> None:
     decayed = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizers = [
         torch.optim.AdamW(decayed, lr=2e-3, betas=(0.9, 0.99)),
-        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0),
+        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0, momentum=0.9),
     ]
     peaks, curves = [2e-3, 0.01], ([], [])
     for step in range(200):

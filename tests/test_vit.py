@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.pretrained import convert_timm
-from vitrail.vit import NEIGHBOUR_HEIGHT, Attention, RelPosBias, build_vit, drop_path, patchify, unpatchify
+from vitrail.vit import Attention, RelPosBias, build_vit, drop_path, patchify, unpatchify
 
 
 @given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))
@@ -116,10 +116,13 @@ def test_neighbour_start_gives_each_head_one_neighbour() -> None:
     assert bias[:, 0].abs().max() == 0
     assert bias[:, :, 0].abs().max() == 0
     patch = 1 + 4 + 1  # row 1, column 1: all its neighbours are inside
-    targets = bias[:, patch].argmax(-1)
-    assert bias[:, patch].amax(-1).tolist() == [NEIGHBOUR_HEIGHT] * 8
-    offsets = {divmod(int(t) - 1, 4) for t in targets}
-    assert offsets == {(r, c) for r in (0, 1, 2) for c in (0, 1, 2)} - {(1, 1)}
+    places = {(r, c) for r in (0, 1, 2) for c in (0, 1, 2)} - {(1, 1)}
+    offsets = {divmod(int(t), 4) for t in bias[:, patch, 1:].argmax(-1)}
+    assert offsets == places
+    for head in bias[:, patch, 1:].reshape(8, 4, 4):
+        row, column = divmod(int(head.argmax()), 4)
+        expected = [[-((r - row) ** 2) - (c - column) ** 2 for c in range(4)] for r in range(4)]
+        assert head.tolist() == expected
 
 
 def test_relative_bias_depends_on_the_offset_alone() -> None:
@@ -159,7 +162,9 @@ def test_zero_residual_blocks_begin_as_the_identity() -> None:
     torch.manual_seed(0)
     model = build_vit(ModelConfig(init="zero_residual"), 32, 3, 10)
     x = torch.randn(2, 65, 128)
-    assert torch.equal(model.blocks[3](x)[0], x)
+    y, weights = model.blocks[3](x)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(weights, torch.full((2, 8, 65, 65), 1 / 65))  # queries ask for nothing yet
     assert model(torch.randn(2, 3, 32, 32)).abs().max() == 0
 
 

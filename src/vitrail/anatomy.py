@@ -68,15 +68,14 @@ def patch_filters(model: VisionTransformer, count: int = NUM_FILTERS) -> PatchFi
 def position_vectors(model: VisionTransformer) -> dict[str, Tensor]:
     """What tells patches apart by place, as vectors [N, any]: "embedding" added to the tokens, "bias" on the attention.
 
-    A patch's bias vector is how it leans to every patch, in all heads and blocks; each head's row is
-    centred, since a softmax does not see its mean.
+    A patch's bias vector is how it would share its look among all patches by the bias alone, in all heads and blocks.
     """
     first = model.num_prefix_tokens
     vectors = {"embedding": model.pos_embed.detach()[0, first:].cpu()}
     tables = _bias_tables(model)
     if tables:
         rows = torch.cat([table(model.grid_size).detach()[:, first:, first:].cpu() for table in tables])  # [L·H, N, N]
-        vectors["bias"] = (rows - rows.mean(-1, keepdim=True)).transpose(0, 1).flatten(1)
+        vectors["bias"] = rows.softmax(-1).transpose(0, 1).flatten(1)
     return vectors
 
 
@@ -96,10 +95,11 @@ def position_similarity(vectors: Tensor) -> Tensor:
 
 
 def relative_bias(model: VisionTransformer) -> Tensor | None:
-    """The learned relative position bias by offset [L, H, 2G-1, 2G-1], no offset in the middle; None without one."""
+    """How each head would share its look among all offsets by the learned relative position bias alone
+    [L, H, 2G-1, 2G-1]: no offset in the middle, a head's shares sum to one. None without such a bias."""
     span = 2 * model.grid_size - 1
-    tables = [t.relative_position_bias_table.detach().unflatten(1, (span, span)).cpu() for t in _bias_tables(model)]
-    return torch.stack(tables) if tables else None
+    tables = [table.relative_position_bias_table.detach().softmax(1).cpu() for table in _bias_tables(model)]
+    return torch.stack(tables).unflatten(2, (span, span)) if tables else None
 
 
 def _bias_tables(model: VisionTransformer) -> list[RelPosBias]:

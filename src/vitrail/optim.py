@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[nn.Parameter],
         lr: float,
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -20,7 +20,7 @@ PRESETS: dict[str, RunConfig] = {
         preset="quick",
         budget="10min",
         model=ModelConfig(num_heads=4, rel_pos="neighbour", init="zero_residual"),
-        optim=OptimConfig(coarse_fraction=0.65),
+        optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
     ),
 }
 

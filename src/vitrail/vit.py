@@ -17,8 +17,6 @@ from vitrail.config import ModelConfig, check_patches
 from vitrail.errors import VitrailError
 
 NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-# exp(5) is about 150, so a head that starts here gives its one neighbour more weight than the other 64 tokens.
-NEIGHBOUR_HEIGHT = 5.0
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -58,11 +56,12 @@ class RelPosBias(nn.Module):
     """A learned number per head for each offset between two patches, added to the attention logits.
 
     The class token, which has no place in the picture, gets 0 towards and from every token. Begun at
-    "neighbour", each head leans to one of the eight neighbouring patches, a different one for each
-    of up to eight heads, so that a block starts as something like a 3×3 convolution; training may undo it.
+    "neighbour", each head looks around one of the eight neighbouring patches, a different one for each
+    of up to eight heads: its bias is minus the squared distance from there, in patches. So a block starts
+    as something like a 3×3 convolution; training may undo it.
 
     Source: the bias of Shaw et al. 2018 (arXiv 1803.02155) as used in Swin (arXiv 2103.14030,
-    equation 4); starting from locality follows ConViT (arXiv 2103.10697), without its gate.
+    equation 4); the start is ConViT's (arXiv 2103.10697, equation 6, with locality strength 1), without its gate.
     """
 
     index: Tensor
@@ -72,10 +71,11 @@ class RelPosBias(nn.Module):
         span = 2 * grid_size - 1
         table = torch.zeros(num_heads, span, span)
         if start == "neighbour":
+            offset = torch.arange(span) - (grid_size - 1)
             order = torch.randperm(len(NEIGHBOUR_OFFSETS)).tolist()
             for head in range(num_heads):
                 dy, dx = NEIGHBOUR_OFFSETS[order[head % len(order)]]
-                table[head, grid_size - 1 + dy, grid_size - 1 + dx] = NEIGHBOUR_HEIGHT
+                table[head] = -((offset - dy)[:, None] ** 2 + (offset - dx) ** 2)
         self.relative_position_bias_table = nn.Parameter(table.flatten(1))
         y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         y, x = y.flatten(), x.flatten()
@@ -237,10 +237,11 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def _init_weights(self, init: str) -> None:
         """Begin as timm does (truncated normals of 0.02, zero biases), or, at "zero_residual", with
-        Xavier-uniform matrices, a zero head and zero outputs of both residual branches.
+        Xavier-uniform matrices, a zero head, and zero outputs of both residual branches and zero queries.
 
         Muon moves every matrix by the same spectral length whatever its size, so the branches may
-        begin at nothing; each block then starts as the identity (cf. Fixup, arXiv 1901.09321).
+        begin at nothing; each block then starts as the identity (cf. Fixup, arXiv 1901.09321). Without
+        queries a head first looks where its position bias points, and learns to look for content from there.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -254,6 +255,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.xavier_uniform_(module.weight)
+            if name.endswith(".qkv") and init == "zero_residual":
+                nn.init.zeros_(module.weight[: module.in_features])
 
 
 def build_vit(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> VisionTransformer:

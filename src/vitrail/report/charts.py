@@ -45,13 +45,13 @@ def draw_similarity(similarity: Tensor, words: Words) -> Figure:
 
 
 @styled
-def draw_bias(tables: Tensor, words: Words) -> Figure:
-    """The relative position bias of each head by offset; the patch that looks is in the middle."""
-    num_blocks, num_heads = tables.shape[:2]
+def draw_bias(shares: Tensor, words: Words) -> Figure:
+    """How each head shares its look by offset; the patch that looks is in the middle."""
+    num_blocks, num_heads = shares.shape[:2]
     figure = Figure(figsize=(4.8, 0.6 + 4.0 * num_blocks / num_heads), layout="constrained")
-    axes, largest = figure.subplots(), tables.abs().max().item() or 1.0
-    tiles = [[table.numpy() for table in block] for block in tables]
-    image = show_heads(axes, tiles, words, cmap="cividis", vmin=-largest, vmax=largest)
+    axes = figure.subplots()
+    tiles = [[head.numpy() for head in block] for block in shares]
+    image = show_heads(axes, tiles, words, cmap="cividis", vmin=0, vmax=shares.max().item())
     figure.colorbar(image, label=words("figure.bias"), shrink=0.8)
     return figure
 

@@ -130,13 +130,13 @@ def _of_place(similarity: Tensor, words: Words) -> str:
     return words("read.place_clear" if near - far > PLACE_TOLERANCE else "read.place_faint", near=near, far=far)
 
 
-def _of_bias(tables: Tensor, words: Words) -> str:
-    middle = tables.shape[-1] // 2
-    rows = tables.flatten(-2).argmax(-1)
-    near = ((rows // tables.shape[-1] - middle).abs() <= 1) & ((rows % tables.shape[-1] - middle).abs() <= 1)
-    block, head = _where(tables.flatten(-2).amax(-1))
+def _of_bias(shares: Tensor, words: Words) -> str:
+    middle = shares.shape[-1] // 2
+    rows = shares.flatten(-2).argmax(-1)
+    near = ((rows // shares.shape[-1] - middle).abs() <= 1) & ((rows % shares.shape[-1] - middle).abs() <= 1)
+    block, head = _where(shares.flatten(-2).amax(-1))
     return words(
-        "read.bias_here", near=int(near.sum()), heads=near.numel(), value=tables.max().item(), block=block, head=head
+        "read.bias_here", near=int(near.sum()), heads=near.numel(), value=shares.max().item(), block=block, head=head
     )
 
 

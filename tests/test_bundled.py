@@ -1,0 +1,56 @@
+"""The model that ships with the package: it is there, small, and answers to its name in every verb."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vitrail
+from conftest import make_config, save_image
+from vitrail.cli import main
+from vitrail.errors import VitrailError
+from vitrail.run import BUNDLED, load_run
+from vitrail.train import train
+
+HORSE = Path(__file__).parent.parent / "docs" / "examples" / "horse.png"
+
+
+def test_predict_needs_nothing_but_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(HORSE), "--json"]) == 0
+    (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert prediction["top"][0]["label"] == "horse"
+    assert vitrail.load().predict([HORSE])[0].top[0].label == "horse"
+
+
+def test_it_is_small_and_in_bf16_and_has_a_card() -> None:
+    weights = BUNDLED / "cifar10" / "model.safetensors"
+    assert weights.stat().st_size <= 8_000_000
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    assert {p.dtype for p in load_run("cifar10").load_model().parameters()} == {torch.float32}
+    card = (BUNDLED / "cifar10" / "README.md").read_text()
+    assert all(said in card for said in ("Data", "minutes", "val", "test", "Limits"))
+
+
+def test_what_is_made_of_it_is_left_here_and_not_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in load_run("cifar10").config.classes:
+        save_image(tmp_path / "pictures" / "test" / name / "0.png", (90, 120, 60))
+        save_image(tmp_path / "pictures" / "train" / name / "0.png", (90, 120, 60), seed=1)
+    shipped = sorted(BUNDLED.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "cifar10", "--data", "pictures"]) == 0
+    assert json.loads((tmp_path / "evaluation-test.json").read_text())["count"] == 10
+    assert sorted(BUNDLED.rglob("*")) == shipped
+
+
+def test_a_run_of_that_name_goes_first_and_other_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(make_config(), "cifar10")
+    assert load_run("cifar10").config.preset == "tiny"
+    with pytest.raises(VitrailError, match=r"or a model that ships \(cifar10\)"):
+        load_run("cifar100")
