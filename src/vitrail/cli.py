@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vitrail.errors import VitrailError, VitrailWarning
+from vitrail.errors import Interrupted, VitrailError, VitrailWarning
 from vitrail.verbs import VERBS, say
 
 HELP = """\
@@ -30,7 +30,7 @@ MODEL is a run folder, a checkpoint in one, or cifar10, which ships with vitrail
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Run one verb. Returns the exit code: 0 done, 2 wrong input, 130 by Ctrl-C, 143 by SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -47,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"error: {error}")
         return 2
-    except KeyboardInterrupt as stop:
+    except Interrupted as stop:
+        say(str(stop))
+        return 128 + stop.signal
+    except KeyboardInterrupt:
         if debug:
             raise
-        say(str(stop) or "interrupted; nothing was saved")
+        say("interrupted; nothing more was saved")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`vitrail … | head`); keep the interpreter from saying so at exit.

@@ -16,6 +16,7 @@ SHOWN = {
     "epoch": ("epoch", "{:.1f}"),
     "train_loss": ("loss", "{:.3f}"),
     "val_accuracy": ("val", "{:.1%}"),
+    "skipped_steps": ("skipped", "{:.0f}"),
     "images_per_s": ("img/s", "{:.0f}"),
     "lr": ("lr", "{:.1e}"),
 }

@@ -12,6 +12,14 @@ class VitrailError(Exception):
     """The input is wrong: the message says what it was, what was expected and what to do."""
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on
+    """Training was asked to stop, by the signal of this number, and has saved where it was."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class VitrailWarning(UserWarning):
     """The input is allowed but unlikely to be what was meant."""
 

@@ -54,12 +54,14 @@ def evaluate(
     """Measure a run's model, in fp32, on a split of `data` (the run's own source if None).
 
     Raises:
-        VitrailError: if the data or its classes do not fit the model.
+        VitrailError: if the data or its classes do not fit the model, or its answers are not finite.
     """
     model = run.load_model()
     config = run.config
     images = load_split(config, data or config.data, split, listener)
     logits = compute_logits(model, images, config.preprocessing, listener)
+    if not logits.isfinite().all():
+        raise VitrailError(f"{run.weights} answers with NaN or infinity; there is nothing to measure: train again")
     return compute_metrics(logits, images.labels, config.classes)
 
 

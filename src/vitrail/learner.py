@@ -1,6 +1,7 @@
 """One training step, and all the state it moves."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -53,16 +54,23 @@ class Learner:
         self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
 
     def step(self, batch: Batch, step: int) -> float:
-        """Learn from one batch of uint8 images at step number `step`; returns the loss in nats."""
+        """Learn from one batch of uint8 images at step number `step`; returns the loss in nats.
+
+        Where the loss or a gradient is not finite, nothing is moved and the loss returned is NaN.
+        """
         torch.manual_seed(self._seed * 1_000_003 + step)
         batch = self._shrink(self._augment(batch, step * self._config.batch_size), step)
         self._refresh_replicas()
         parts = batch.split(len(self._replicas))
         loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(batch.weight.sum())))
         self._collect_gradients()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not math.isfinite(loss + norm.item()):
+            self.model.zero_grad()
+            return math.nan
         self._collect_statistics()
         if self._config.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._config.clip_norm, norm)
         set_lr(self._optimizers, self.lr_factor(step))
         list(self._pool.map(_update, self._optimizers))
         if self._ema is not None:

@@ -41,11 +41,18 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
-        """Class probabilities [len(images), K] of upright pictures of any size."""
+        """Class probabilities [len(images), K] of upright pictures of any size.
+
+        Raises:
+            VitrailError: if they are not finite.
+        """
         preprocessing = self.run.config.preprocessing
         size, channels = preprocessing.image_size, preprocessing.num_channels
         pixels = np.stack([to_pixels(image, size, channels) for image in images])
-        return self.model(normalize(torch.from_numpy(pixels), preprocessing)).softmax(1)
+        probabilities = self.model(normalize(torch.from_numpy(pixels), preprocessing)).softmax(1)
+        if not probabilities.isfinite().all():
+            raise VitrailError(f"{self.run.weights} answers with NaN or infinity; train again")
+        return probabilities
 
     def predict(
         self, images: Sequence[str | Path | Image.Image], top: int = 3, listener: Listener = ignore_events

@@ -4,13 +4,12 @@ config.json         the resolved config: architecture, classes, preprocessing, b
 environment.json    versions, machine, command
 metrics.jsonl       one line per pass
 model.safetensors   the finished weights, fp32
-checkpoints/        step_NNNNNNNN/{state.safetensors, state.json}: all it takes to go on
+checkpoints/        step_NNNNNNNN/: all it takes to go on (checkpoint.py)
 """
 
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitrail.checkpoint import (
+    find_damage,
+    list_checkpoints,
+    load_newest_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+    sync,
+    write_text,
+    writing,
+)
 from vitrail.config import ResolvedConfig, from_dict, to_dict
 from vitrail.errors import VitrailError
 from vitrail.vit import VisionTransformer, build_vit
 
-KEPT_CHECKPOINTS = 2
 # Runs that ship with the package; a name there is a model's name everywhere.
 BUNDLED = Path(__file__).parent / "models"
 
@@ -48,7 +55,11 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The finished checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step_????????"))
+        return list_checkpoints(self._checkpoints_folder)
+
+    @property
+    def _checkpoints_folder(self) -> Path:
+        return self.folder / "checkpoints"
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""
@@ -56,37 +67,27 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def write_metrics(self, rows: list[dict[str, float]]) -> None:
-        """Replace metrics.jsonl."""
-        _write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        """Replace metrics.jsonl. Raises VitrailError if it cannot be written."""
+        path = self.folder / "metrics.jsonl"
+        with writing(path, self._checkpoints_folder):
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Write a checkpoint at `values["step"]`, whole or not at all, and drop all but the newest two."""
-        final = self.folder / "checkpoints" / f"step_{values['step']:08d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps(dict(values), indent=1))
-        _sync(partial / "state.safetensors")
-        _sync(partial / "state.json")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in self.checkpoints[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        """Write a checkpoint at `values["step"]`. Raises VitrailError if it cannot be written."""
+        save_checkpoint(self._checkpoints_folder, tensors, values)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint's tensors and values, or None before the first."""
-        if not self.checkpoints:
-            return None
-        newest = self.checkpoints[-1]
-        return _load_tensors(newest / "state.safetensors"), json.loads((newest / "state.json").read_text())
+        """The newest sound checkpoint's tensors and values, or None before the first."""
+        return load_newest_checkpoint(self._checkpoints_folder)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Write the finished weights."""
-        partial = self.folder / ".model.safetensors.partial"
-        save_file({k: v.contiguous() for k, v in state.items()}, partial)
-        _sync(partial)
-        partial.rename(self.folder / "model.safetensors")
+        """Write the finished weights. Raises VitrailError if they cannot be written."""
+        final = self.folder / "model.safetensors"
+        partial = final.with_name(f".{final.name}.partial")
+        with writing(final, self._checkpoints_folder):
+            save_tensors(state, partial)
+            partial.rename(final)
+            sync(self.folder)
 
     def load_model(self) -> VisionTransformer:
         """The trained model, on the CPU, in fp32 and ready to evaluate.
@@ -99,7 +100,9 @@ class Run:
                 f"{self.folder} has no {self.weights.name}: its training has not finished; "
                 f"go on with `vitrail train --resume --out {self.folder}`, or name one of its checkpoints"
             )
-        state = _load_tensors(self.weights)
+        if self.weights.name == "state.safetensors" and (damage := find_damage(self.weights.parent)):
+            raise VitrailError(f"{damage}; name another checkpoint")
+        state = load_tensors(self.weights)
         if self.weights.name == "state.safetensors":
             prefix = "ema." if any(k.startswith("ema.") for k in state) else "model."
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -124,8 +127,8 @@ def create_run(folder: Path, config: ResolvedConfig) -> Run:
     check_vacant(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / "environment.json", json.dumps(_environment(), indent=1))
-        _write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1))
+        write_text(folder / "environment.json", json.dumps(_environment(), indent=1))
+        write_text(folder / "config.json", json.dumps(to_dict(config), indent=1))
     except OSError as error:
         raise VitrailError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
     return Run(folder, config, folder / "model.safetensors")
@@ -171,13 +174,6 @@ def list_bundled() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise VitrailError(f"cannot read {path}: {error}") from error
-
-
 def _environment() -> dict[str, Any]:
     """Versions and machine, to read a number by later."""
     packages = ("vitrail", "torch", "torchvision", "numpy", "pillow")
@@ -189,15 +185,3 @@ def _environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         **{name: version(name) for name in packages},
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    partial.rename(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

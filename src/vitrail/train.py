@@ -1,5 +1,6 @@
 """Training: from a config to a finished run, and on from where one stopped."""
 
+import json
 import math
 import signal
 import threading
@@ -12,19 +13,18 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from vitrail.checkpoint import write_text
 from vitrail.config import ResolvedConfig, RunConfig
 from vitrail.data import ImageSet, SampleStream, fingerprint, load_training_data
-from vitrail.errors import Event, Listener, VitrailError, ignore_events
+from vitrail.errors import Event, Interrupted, Listener, VitrailError, ignore_events
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
 from vitrail.resolve import choose_machine, plan_num_steps, prepare_cpu, resolve
 from vitrail.run import Run, check_vacant, create_run, load_run
 
 CHECKPOINT_EVERY_S = 300
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on
-    """Training was asked to stop and has saved where it was."""
+# After so many steps in a row whose loss or gradients were not finite, the run will not find back.
+MAX_SKIPPED = 10
 
 
 def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events) -> Run:
@@ -56,8 +56,12 @@ def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
     config = run.config
     prepare_cpu(config.threads)
     train_set, val_set, _ = load_training_data(config, listener)
-    if fingerprint(train_set, val_set) != config.data_sha256:
-        raise VitrailError(f"{config.data} has changed since {run.folder} began; resume needs the very same images")
+    found = fingerprint(train_set, val_set)
+    if found != config.data_sha256:
+        raise VitrailError(
+            f"{config.data} has changed since {run.folder} began (SHA-256 {found[:12]}…, then "
+            f"{config.data_sha256[:12]}…); resume needs the very same images"
+        )
     return _fit(run, train_set, val_set, listener)
 
 
@@ -67,24 +71,34 @@ class _Progress:
 
     step: int = 0
     elapsed_s: float = 0.0
+    skipped: int = 0
+    skipped_in_row: int = 0
     pass_steps: int = 0
+    pass_skipped: int = 0
     pass_loss: float = 0.0
     pass_s: float = 0.0
 
     def add(self, loss: float, seconds: float) -> None:
+        """Count a step; a loss of NaN is that of one skipped."""
         self.step, self.pass_steps = self.step + 1, self.pass_steps + 1
-        self.pass_loss += loss
         self.pass_s += seconds
         self.elapsed_s += seconds
+        if math.isnan(loss):
+            self.skipped, self.pass_skipped = self.skipped + 1, self.pass_skipped + 1
+            self.skipped_in_row += 1
+        else:
+            self.pass_loss += loss
+            self.skipped_in_row = 0
 
     def figures(self, config: ResolvedConfig) -> dict[str, float]:
         """What there is to tell of the pass so far."""
-        return {
+        figures = {
             "step": self.step,
             "epoch": self.step * config.optim.batch_size / config.epoch_images,
-            "train_loss": self.pass_loss / self.pass_steps,
+            "train_loss": self.pass_loss / max(1, self.pass_steps - self.pass_skipped),
             "images_per_s": self.pass_steps * config.optim.batch_size / self.pass_s,
         }
+        return figures | ({"skipped_steps": self.skipped} if self.skipped else {})
 
 
 def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -> Run:
@@ -103,7 +117,9 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -
         while progress.step < config.num_steps:
             began = time.monotonic()
             batch = train_set.take(stream.indices(progress.step * batch_size, batch_size))
-            progress.add(_checked(learner.step(batch, progress.step), progress.step), time.monotonic() - began)
+            progress.add(learner.step(batch, progress.step), time.monotonic() - began)
+            if progress.skipped_in_row == MAX_SKIPPED:
+                raise _lost(run, stream, progress.step)
             row = progress.figures(config) | {"lr": config.optim.lr * learner.lr_factor(progress.step - 1)}
             finished = progress.step == config.num_steps
             pass_ended = finished or progress.step * batch_size % config.epoch_images < batch_size
@@ -117,10 +133,10 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -
                 Event(task="training", done=progress.step, total=config.num_steps, fields=row, milestone=pass_ended)
             )
             if pass_ended or stop_requested() or time.monotonic() - last_saved > CHECKPOINT_EVERY_S:
-                run.save_checkpoint(learner.state(), asdict(progress))
+                _save(run, learner, progress)
                 last_saved = time.monotonic()
-            if stop_requested() and not finished:
-                raise Interrupted(f"stopped at step {progress.step} of {config.num_steps} and saved there")
+            if (number := stop_requested()) and not finished:
+                raise Interrupted(f"stopped at step {progress.step} of {config.num_steps} and saved there", number)
     run.save_model(learner.result.state_dict())
     return run
 
@@ -132,19 +148,36 @@ def _validate(learner: Learner, val_set: ImageSet, config: ResolvedConfig, progr
     loss = F.cross_entropy(logits, val_set.labels).item()
     accuracy = (logits.argmax(1) == val_set.labels).double().mean().item()
     progress.elapsed_s += time.monotonic() - began
-    progress.pass_steps, progress.pass_loss, progress.pass_s = 0, 0.0, 0.0
+    progress.pass_steps, progress.pass_skipped, progress.pass_loss, progress.pass_s = 0, 0, 0.0, 0.0
     return {"val_loss": loss, "val_accuracy": accuracy, "elapsed_s": progress.elapsed_s}
 
 
-def _checked(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise VitrailError(f"the loss became {loss} at step {step}; try a lower --optim.lr or --optim.muon-lr")
-    return loss
+def _lost(run: Run, stream: SampleStream, num_done: int) -> VitrailError:
+    """What to say after too many skipped steps; writes down which images they were."""
+    size, path = run.config.optim.batch_size, run.folder / "nonfinite.json"
+    steps = range(num_done - MAX_SKIPPED, num_done)
+    write_text(path, json.dumps({step: stream.indices(step * size, size).tolist() for step in steps}))
+    return VitrailError(
+        f"loss or gradients were not finite for {MAX_SKIPPED} steps in a row, up to step {num_done}; try a lower "
+        f"--optim.lr or --optim.muon-lr, or look at the training images whose numbers are in {path}"
+    )
+
+
+def _save(run: Run, learner: Learner, progress: _Progress) -> None:
+    """Save a checkpoint; raise VitrailError instead if what it would hold is not finite."""
+    state = learner.state()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise VitrailError(
+                f"{name} was not finite at step {progress.step}, and was not saved; "
+                "try a lower --optim.lr or --optim.muon-lr"
+            )
+    run.save_checkpoint(state, asdict(progress))
 
 
 @contextmanager
-def _stop_signals() -> Generator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request, heard between two steps; the second one kills.
+def _stop_signals() -> Generator[Callable[[], int]]:
+    """Turn the first Ctrl-C or SIGTERM into a request, its number, heard between two steps; the second one kills.
 
     Only the main thread may set handlers; elsewhere nothing is ever requested.
     """
@@ -155,13 +188,13 @@ def _stop_signals() -> Generator[Callable[[], bool]]:
         signal.signal(number, previous[number])
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in previous:
             signal.signal(number, hear)
-        yield lambda: bool(heard)
+        yield lambda: heard[0] if heard else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import VitrailError
+from vitrail.errors import Interrupted, VitrailError
 
 
 def say(text: str) -> None:
@@ -37,14 +37,14 @@ def _train(arguments: list[str]) -> None:
     flags = _parse(TrainFlags, "train", arguments, TrainFlags(start))
     if resuming:
         _check_unchanged(start, flags.config)
-    from vitrail.train import Interrupted, resume, train
+    from vitrail.train import resume, train
 
     out = flags.out or _next_run_folder(flags.config)
     try:
         with ProgressDisplay(flags.quiet) as display:
             run = resume(out, display) if resuming else train(flags.config, out, display)
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop}; go on with: vitrail train --resume --out {out}") from stop
+        raise Interrupted(f"{stop}; go on with: vitrail train --resume --out {out}", stop.signal) from stop
     last = run.read_metrics()[-1]
     if flags.json:
         print(json.dumps({"run": str(run.folder), **last}))
