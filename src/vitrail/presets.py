@@ -22,6 +22,13 @@ PRESETS: dict[str, RunConfig] = {
         model=ModelConfig(num_heads=4, rel_pos="neighbour", init="zero_residual"),
         optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
     ),
+    "hour": RunConfig(
+        preset="hour",
+        budget="60min",
+        model=ModelConfig(embed_dim=192, num_heads=6, rel_pos="neighbour", init="zero_residual"),
+        optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
+        augment=AugmentConfig(policy="trivialaugment", erasing=0.25),
+    ),
 }
 
 
