@@ -38,7 +38,8 @@ def test_what_is_made_of_it_is_left_here_and_not_in_the_package(
 ) -> None:
     for name in load_run("cifar10").config.classes:
         save_image(tmp_path / "pictures" / "test" / name / "0.png", (90, 120, 60))
-        save_image(tmp_path / "pictures" / "train" / name / "0.png", (90, 120, 60), seed=1)
+        for i in (1, 2):
+            save_image(tmp_path / "pictures" / "train" / name / f"{i}.png", (90, 120, 60), seed=i)
     shipped = sorted(BUNDLED.rglob("*"))
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "cifar10", "--data", "pictures"]) == 0
