@@ -199,7 +199,9 @@ def test_position_vectors_of_a_model_leave_the_prefix_out() -> None:
     torch.testing.assert_close(shares.sum((2, 3)), torch.ones_like(shares[..., 0, 0]))
     # patch 4 is the middle one, patch 1 lies above it
     bias = model.blocks[block].attn.rel_pos(model.grid_size)[head, 5].detach()
-    assert (shares[block, head, 1, 2] / shares[block, head, 2, 2]).log() == pytest.approx(bias[2] - bias[5], abs=1e-5)
+    assert (shares[block, head, 1, 2] / shares[block, head, 2, 2]).log().item() == pytest.approx(
+        (bias[2] - bias[5]).item(), abs=1e-5
+    )
     assert relative_bias(sharp_model(rel_pos="none")) is None
     assert set(position_vectors(sharp_model(rel_pos="none"))) == {"embedding"}
 
