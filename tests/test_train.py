@@ -22,7 +22,7 @@ from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, ResolvedConf
 from vitrail.data import ImageSet
 from vitrail.errors import Event, Interrupted, VitrailError, VitrailWarning
 from vitrail.learner import Learner, count_replicas
-from vitrail.optim import Muon, build_ema, build_optimizers, orthogonalize, set_lr, split_parameters
+from vitrail.optim import Muon, WeightAverage, build_optimizers, orthogonalize, set_lr, split_parameters
 from vitrail.resolve import choose_machine, has_compiler
 from vitrail.run import Run, load_run
 from vitrail.train import resume, train
@@ -123,17 +123,17 @@ def test_set_lr_scales_each_optimizers_own_peak() -> None:
 def test_the_average_follows_quickly_at_first_and_slowly_later() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    ema = build_ema(model, 0.99)
-    ema.update_parameters(model)
+    ema = WeightAverage(model.parameters(), 0.99)
+    ema.update()
     nn.init.ones_(model.weight)
-    ema.update_parameters(model)
+    ema.update()
     expected = 1 - 2 / 11
-    assert ema.module.weight.item() == pytest.approx(expected)
+    assert ema.values[0].item() == pytest.approx(expected)
     for t in range(2, 2000):
-        ema.update_parameters(model)
+        ema.update()
         expected = 1 - (1 - expected) * min(0.99, (1 + t) / (10 + t))
-    assert ema.module.weight.item() == pytest.approx(expected)
-    assert ema.module.weight.item() > 0.999
+    assert ema.values[0].item() == pytest.approx(expected)
+    assert ema.values[0].item() > 0.999
 
 
 # ── one step ─────────────────────────────────────────────────────────────────────────────────
@@ -244,7 +244,7 @@ def test_a_batch_norms_running_figures_are_the_mean_of_the_replicas(
         learner.step(batch, step)
         mean = 0.9 * mean + 0.1 * sum(part.mean().item() for part in parts) / 2
         variance = 0.9 * variance + 0.1 * sum(part.var().item() for part in parts) / 2
-    norm = learner.result[0]
+    norm = learner.model[0]
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((mean, variance), rel=1e-5)
 
 
@@ -358,7 +358,9 @@ def test_a_budget_in_seconds_becomes_the_steps_that_fit(trained: Run, monkeypatc
     """With steps of 0.02 s, 6 s of which 2 are gone and a tenth goes to the probe hold at most 170 steps."""
 
     class SlowLearner:
-        def __init__(self, _: ResolvedConfig) -> None:
+        share = torch.arange(8)
+
+        def __init__(self, *_: object) -> None:
             pass
 
         def step(self, *_: object) -> float:
@@ -380,7 +382,9 @@ def test_the_probe_weighs_each_image_size_by_its_share(trained: Run, monkeypatch
     """Full size takes 0.04 s for half the steps; the rest take next to none, so a step takes 0.02 s on average."""
 
     class CoarseLearner:
-        def __init__(self, config: ResolvedConfig) -> None:
+        share = torch.arange(8)
+
+        def __init__(self, config: ResolvedConfig, _: object) -> None:
             self.num_steps = config.num_steps
 
         def step(self, _: Batch, step: int) -> float:

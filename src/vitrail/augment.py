@@ -57,11 +57,17 @@ class Augment:
         self._seed = seed
         self._mix = _build_mix(config, num_classes)
 
-    def __call__(self, batch: Batch, start: int) -> Batch:
-        """Augment the images at positions `start`, `start` + 1, … of the stream."""
+    @property
+    def mixes(self) -> bool:
+        """Whether each image is mixed with the one before it in the batch, the first with the last."""
+        return self._mix is not None
+
+    def __call__(self, batch: Batch, start: int, offsets: Tensor | None = None) -> Batch:
+        """Augment a batch that begins at position `start` of the stream, or its images at `offsets`, int64 [B]."""
         config = self._config
         num_ops = {"none": 0, "trivialaugment": 1, "randaugment": config.num_ops}[config.policy]
-        draws = uniforms(self._seed, start + torch.arange(len(batch.labels)), 8 + 3 * num_ops)
+        positions = start + (torch.arange(len(batch)) if offsets is None else offsets)
+        draws = uniforms(self._seed, positions, 8 + 3 * num_ops)
         images = crop_and_flip(batch.images, draws[:, :3], config.crop_padding, config.flip)
         if num_ops:
             images = images.float()

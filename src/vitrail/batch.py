@@ -20,10 +20,16 @@ class Batch:
     labels: Tensor
     weight: Tensor
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        return Batch(self.images[part], self.labels[part], self.weight[part])
+
     def split(self, count: int) -> list["Batch"]:
-        """The batch in `count` parts of nearly equal size, in order; fewer if it has fewer images."""
+        """The batch in `count` parts of nearly equal size, in order; the last are empty if it has fewer images."""
         columns = (t.tensor_split(count) for t in (self.images, self.labels, self.weight))
-        return [Batch(*part) for part in zip(*columns, strict=True) if len(part[1])]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

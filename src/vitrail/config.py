@@ -74,7 +74,10 @@ class OptimConfig:
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for the hidden matrices with AdamW for the rest, or AdamW for all."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, of all processes together."""
+    micro_batch_size: int = 0
+    """Images per forward and backward at most: a process takes its part of a step in pieces and adds up their
+    gradients, for less memory. 0 takes it whole."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.005
@@ -101,6 +104,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
+        _require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)
             _require(value > 0, f"{name} is {value}; give a number above 0")
@@ -191,12 +195,19 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     threads: int = 0
-    """CPU threads; 0 takes one for each core."""
+    """CPU threads of each process; 0 takes one for each core."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; auto takes bf16 where the machine is fast at it.
     The weights themselves are always kept in fp32."""
     compile: bool = False
     """Compile the model with torch.compile (needs a C++ compiler on CPU)."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """What the processes of `torchrun` share: gradients (DistributedDataParallel), or, for a model that does not
+    fit, weights and optimizer too (FSDP2). Alone it changes nothing."""
+    checkpoint_minutes: float = 5.0
+    """A checkpoint at least this often, beside the one after each pass; 0 for none by the clock."""
+    checkpoint_steps: int = 0
+    """A checkpoint every so many steps; 0 for none by steps."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -204,6 +215,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
+        for name in ("checkpoint_minutes", "checkpoint_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; give 0 (never) or more")
         _require(self.threads >= 0, f"threads is {self.threads}; give 0 (all cores) or more")
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; give 0 to {2**31 - 1}")
 
@@ -224,6 +238,8 @@ class ResolvedConfig(RunConfig):
     num_steps: int
     data_sha256: str
     """Of the pixels, labels and class names of train and val."""
+    num_processes: int = 1
+    """How many processes the run began with."""
 
     def asked(self) -> RunConfig:
         """The part a person can ask for."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitrail.batch import normalize
 from vitrail.config import Preprocessing
 from vitrail.data import ImageSet, load_split
+from vitrail.distributed import World, join_world
 from vitrail.errors import Event, Listener, VitrailError, ignore_events
 from vitrail.metrics import Metrics, compute_metrics
 from vitrail.run import Run
@@ -21,28 +22,38 @@ CPU_BATCH_SIZE, GPU_BATCH_SIZE = 32, 256
 
 
 def compute_logits(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, listener: Listener = ignore_events
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    listener: Listener = ignore_events,
+    world: World | None = None,
 ) -> Tensor:
     """The logits [N, K] in fp32, on the CPU, of a model in eval mode; computed in the model's own dtype and device.
 
     On a CPU each thread takes batches of its own, which is faster than to share each operation
-    (docs/benchmarks.md).
+    (docs/benchmarks.md). Each process of a `world` computes its share, once, and all get the whole.
     """
+    world = world or World()
+    mine = images.images[world.share(len(images))] if world.size > 1 else images.images
     parameter = next(model.parameters())
     on_cpu = parameter.device.type == "cpu"
     batch_size = CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE
 
     @torch.inference_mode()
     def compute(start: int) -> Tensor:
-        pixels = images.images[start : start + batch_size].to(parameter.device)
+        pixels = mine[start : start + batch_size].to(parameter.device)
         return model(normalize(pixels, preprocessing).to(parameter.dtype)).float().cpu()
 
     parts: list[Tensor] = []
     with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1, "evaluate", torch.set_num_threads, (1,)) as pool:
-        for logits in pool.map(compute, range(0, len(images), batch_size)):
+        # More processes than images leave some with an empty batch.
+        for logits in pool.map(compute, range(0, max(1, len(mine)), batch_size)):
             parts.append(logits)
-            listener(Event(task="evaluating", done=min(len(images), len(parts) * batch_size), total=len(images)))
-    return torch.cat(parts)
+            listener(Event(task="evaluating", done=min(len(mine), len(parts) * batch_size), total=len(mine)))
+    computed = torch.cat(parts)
+    whole = torch.zeros(len(images), computed.shape[1])
+    whole[world.share(len(images))] = computed
+    return world.sum(whole)
 
 
 def evaluate(
@@ -59,7 +70,8 @@ def evaluate(
     model = run.load_model()
     config = run.config
     images = load_split(config, data or config.data, split, listener)
-    logits = compute_logits(model, images, config.preprocessing, listener)
+    with join_world() as world:
+        logits = compute_logits(model, images, config.preprocessing, listener, world)
     if not logits.isfinite().all():
         raise VitrailError(f"{run.weights} answers with NaN or infinity; there is nothing to measure: train again")
     return compute_metrics(logits, images.labels, config.classes)

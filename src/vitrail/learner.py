@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain, repeat
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from vitrail.augment import Augment
 from vitrail.batch import Batch
 from vitrail.config import ResolvedConfig
-from vitrail.optim import build_ema, build_optimizers, set_lr
+from vitrail.distributed import World, gather, replicate, shard, sharing_gradients, spread
+from vitrail.optim import WeightAverage, build_optimizers, set_lr
 from vitrail.schedule import image_side, lr_factor
 from vitrail.vit import build_vit
 
@@ -30,41 +32,74 @@ class Learner:
     is cast twice, and in bf16 activations stay so throughout. On a CPU there is a replica per thread,
     1.29 times as fast on two cores as one that shares them (benchmarks/step.py); elsewhere there is one.
 
+    Of many processes each has one replica, whose gradients DistributedDataParallel sums; or, with "fsdp",
+    the fp32 model itself is cut into shares, and gathered block by block in the working precision.
+
     A step is a pure function of this state, the batch and the step's number: parts and sums have a
     fixed order, and dropout, which draws from one generator in turn, keeps to one replica.
     """
 
-    def __init__(self, config: ResolvedConfig) -> None:
+    def __init__(self, config: ResolvedConfig, world: World | None = None) -> None:
         pre = config.preprocessing
+        self._world = world or World()
         self._config, self._num_steps = config.optim, config.num_steps
         self._image_size, self._patch_size = pre.image_size, config.model.patch_size
         self._seed, self._device = config.seed, torch.device(config.device)
+        self._build = partial(build_vit, config.model, pre.image_size, pre.num_channels, len(config.classes))
         torch.manual_seed(config.seed)
-        self.model = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes))
-        self.model.to(self._device).train()
+        self.model = self._build().to(self._device).train()
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        num_replicas = count_replicas(config)
-        self._replicas = [copy.deepcopy(self.model).to(self._dtype) for _ in range(num_replicas)]
-        self._forwards = [torch.compile(r) if config.compile else r for r in self._replicas]
+        self._forwards = self._begin_replicas(config)
+        num_replicas = len(self._forwards)
         self._pool = ThreadPoolExecutor(
             num_replicas, "replica", torch.set_num_threads, (config.threads // num_replicas,)
         )
         self._optimizers = build_optimizers(self.model, config.optim, num_replicas, self._dtype)
-        self._ema = build_ema(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        decay = config.optim.ema_decay
+        self._average = WeightAverage(self.model.parameters(), decay) if decay else None
         self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
+        # Mixing pairs each image with the one before it, so a part begins with one that is only mixed in.
+        self._num_lent = int(self._world.size > 1 and self._augment.mixes)
+
+    def _begin_replicas(self, config: ResolvedConfig) -> list[Callable[[Tensor], Tensor]]:
+        """Make the replicas; what to call for their logits, with the gradients shared among the processes."""
+        self._replicas: list[nn.Module] = []
+        self._gradient_scale = 1.0
+        if self._world.size > 1 and config.distributed == "fsdp":
+            shard(self.model, self._dtype, self._world)
+            self._gradient_scale = float(self._world.size)  # FSDP2 takes means; ours are sums
+            return [self.model]
+        count = 1 if self._world.size > 1 else count_replicas(config)
+        self._replicas = [copy.deepcopy(self.model).to(self._dtype) for _ in range(count)]
+        forwards = self._replicas
+        if self._world.size > 1:
+            pre = config.preprocessing
+            example = torch.zeros(1, pre.num_channels, pre.image_size, pre.image_size)
+            forwards = [replicate(r, example.to(self._device, self._dtype)) for r in self._replicas]
+        return [torch.compile(forward) if config.compile else forward for forward in forwards]
+
+    @property
+    def share(self) -> Tensor:
+        """Which images of every batch this process needs: int64 indices into it."""
+        share = self._world.share(self._config.batch_size)
+        return torch.cat([share[:1] - 1, share])[1 - self._num_lent :] % self._config.batch_size
 
     def step(self, batch: Batch, step: int) -> float:
-        """Learn from one batch of uint8 images at step number `step`; returns the loss in nats.
+        """Learn from this process's `share` of the batch of step number `step`, uint8; the whole batch's loss in nats.
 
-        Where the loss or a gradient is not finite, nothing is moved and the loss returned is NaN.
+        Where the loss or a gradient is not finite, nothing is moved, on any process, and the loss returned is NaN.
         """
-        torch.manual_seed(self._seed * 1_000_003 + step)
-        batch = self._shrink(self._augment(batch, step * self._config.batch_size), step)
+        torch.manual_seed(self._seed * 1_000_003 + step + self._world.rank * 2**40)
+        offsets = self.share if self._world.size > 1 else None
+        augmented = self._augment(batch, step * self._config.batch_size, offsets)
+        batch = self._shrink(augmented[self._num_lent :], step)
         self._refresh_replicas()
-        parts = batch.split(len(self._replicas))
-        loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(batch.weight.sum())))
+        total_weight = self._world.sum(batch.weight.sum())
+        parts = batch.split(len(self._forwards))
+        loss = sum(self._pool.map(self._backward, self._forwards, parts, repeat(total_weight)))
+        loss = self._world.sum(torch.tensor(loss, dtype=torch.float64)).item()
         self._collect_gradients()
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = gather(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         if not math.isfinite(loss + norm.item()):
             self.model.zero_grad()
             return math.nan
@@ -73,19 +108,29 @@ class Learner:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self._config.clip_norm, norm)
         set_lr(self._optimizers, self.lr_factor(step))
         list(self._pool.map(_update, self._optimizers))
-        if self._ema is not None:
-            self._ema.update_parameters(self.model)
+        if self._average is not None:
+            self._average.update()
         return loss
 
     def _backward(self, forward: Callable[[Tensor], Tensor], part: Batch, total_weight: Tensor) -> float:
-        """A part's share of the batch's mean loss, with its gradients left in the replica."""
-        logits = forward(part.images.to(self._device, self._dtype)).float()
-        losses = F.cross_entropy(
-            logits, part.labels.to(self._device), label_smoothing=self._config.label_smoothing, reduction="none"
-        )
-        loss = (losses * part.weight.to(self._device)).sum() / total_weight
-        loss.backward()
-        return loss.item()
+        """A part's share of the batch's mean loss, with its gradients left in the replica.
+
+        With a `micro_batch_size` the part is taken in pieces of at most that many images, one after the other.
+        """
+        # FSDP2 gathers for each piece, so that every process needs as many: as many as the largest part takes.
+        largest = -(-self._config.batch_size // (self._world.size * len(self._forwards)))
+        pieces = part.split(-(-largest // (self._config.micro_batch_size or largest)))
+        total = 0.0
+        for i, piece in enumerate(pieces):
+            with sharing_gradients(forward, now=i == len(pieces) - 1):
+                logits = forward(piece.images.to(self._device, self._dtype)).float()
+                labels, weight = piece.labels.to(self._device), piece.weight.to(self._device)
+                smoothing = self._config.label_smoothing
+                losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+                loss = (losses * weight).sum() / total_weight
+                (loss * self._gradient_scale).backward()
+            total += loss.item()
+        return total
 
     def _shrink(self, batch: Batch, step: int) -> Batch:
         """The batch with its images at the size that `step` asks for; area means, as pixels are means over areas."""
@@ -110,10 +155,14 @@ class Learner:
     @torch.no_grad()
     def _collect_statistics(self) -> None:
         """Bring home what the replicas keep beside weights: of a batch norm's running figures, the mean."""
-        for kept, *workings in zip(_statistics(self.model), *map(_statistics, self._replicas), strict=True):
-            kept.copy_(torch.stack(workings).mean(0, dtype=kept.dtype))
+        replicas = self._replicas or [self.model]
+        for kept, *workings in zip(_statistics(self.model), *map(_statistics, replicas), strict=True):
+            mean = torch.stack(workings).mean(0, dtype=kept.dtype)
+            kept.copy_(self._world.sum(mean) / self._world.size)
 
     def _collect_gradients(self) -> None:
+        if not self._replicas:
+            return  # they are the model's own
         for parameter, *workings in zip(
             self.model.parameters(), *(r.parameters() for r in self._replicas), strict=True
         ):
@@ -122,38 +171,50 @@ class Learner:
             for working in workings:
                 working.grad = None
 
-    @property
-    def result(self) -> nn.Module:
-        """The fp32 model to evaluate and keep: the averaged weights if there are any."""
-        return self.model if self._ema is None else self._ema.module
+    def result(self) -> dict[str, Tensor]:
+        """The fp32 weights to evaluate and keep, whole: the averaged ones if there are any."""
+        state = {name: gather(tensor) for name, tensor in self.model.state_dict().items()}
+        return state | self._averaged()
 
     def working_copy(self) -> nn.Module:
-        """`result` in the working precision, in eval mode, for a quick look at the validation images."""
-        return copy.deepcopy(self.result).to(self._dtype).eval()
+        """A model of `result` in the working precision, in eval mode, for a quick look at the validation images."""
+        model = self._build()
+        model.load_state_dict(self.result())
+        return model.to(self._device, self._dtype).eval()
+
+    def _averaged(self) -> dict[str, Tensor]:
+        if self._average is None:
+            return {}
+        names = (name for name, _ in self.model.named_parameters())
+        return {name: gather(value) for name, value in zip(names, self._average.values, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a step moves, under flat names, for a checkpoint."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self._ema is not None:
-            tensors |= {f"ema.{k}": v for k, v in self._ema.module.state_dict().items()}
-            tensors["num_averaged"] = self._ema.n_averaged
-        for i, optimizer in enumerate(self._optimizers):
-            for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"optim.{i}.{index}.{slot}": value for slot, value in slots.items()}
+        """Everything a step moves, under flat names and whole, for a checkpoint: alike for any number of processes."""
+        tensors = {f"model.{name}": gather(tensor) for name, tensor in self.model.state_dict().items()}
+        if self._average is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.result().items()}
+            tensors["num_averaged"] = self._average.num_averaged
+        for name, slots in self._slots().items():
+            tensors |= {f"optim.{name}.{slot}": gather(value) for slot, value in slots.items()}
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        self.model.load_state_dict(_under("model.", tensors))
-        if self._ema is not None:
-            self._ema.module.load_state_dict(_under("ema.", tensors))
-            self._ema.n_averaged.copy_(tensors["num_averaged"])
-        for i, optimizer in enumerate(self._optimizers):
-            slots: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under(f"optim.{i}.", tensors).items():
-                index, slot = name.split(".", 1)
-                slots.setdefault(int(index), {})[slot] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        """Put back what `state` gave, be it of another number of processes."""
+        for name, kept in self.model.state_dict().items():
+            kept.copy_(spread(tensors[f"model.{name}"], like=kept))
+        if self._average is not None:
+            for (name, _), value in zip(self.model.named_parameters(), self._average.values, strict=True):
+                value.copy_(spread(tensors[f"ema.{name}"], like=value))
+            self._average.num_averaged.copy_(tensors["num_averaged"])
+        for (name, parameter), slots in zip(self.model.named_parameters(), self._slots().values(), strict=True):
+            for slot, value in _under(f"optim.{name}.", tensors).items():
+                # A count of steps is one number, everything else has the parameter's shape.
+                slots[slot] = spread(value, like=parameter) if value.ndim else value
+
+    def _slots(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizers keep for each parameter, by its name, in the model's order."""
+        owners = {parameter: o for o in self._optimizers for group in o.param_groups for parameter in group["params"]}
+        return {name: owners[parameter].state[parameter] for name, parameter in self.model.named_parameters()}
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:

@@ -1,13 +1,13 @@
 """What moves the weights: the optimizers, their learning rates, and the average of the path."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrail.config import OptimConfig
+from vitrail.distributed import gather, spread
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                 length = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for matrix, direction in zip(matrices, directions.to(matrices[0].dtype), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(direction.view_as(matrix), alpha=length)
+                    matrix.sub_(spread(direction.view(matrix.shape), like=matrix), alpha=length)
 
     def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
         gradient = cast(Tensor, matrix.grad)
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum).flatten(1).to(self._dtype)
+        return gather(gradient.lerp(average, momentum)).flatten(1).to(self._dtype)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -125,18 +125,23 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = factor * group["peak_lr"]
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, updated with `update_parameters(model)`.
+class WeightAverage:
+    """An exponential moving average of `parameters`.
 
     The decay grows as (1 + t) / (10 + t) up to `decay`, so that a short run is not held back by its
     first weights (the warm-up of TensorFlow's ExponentialMovingAverage).
     """
-    return AveragedModel(model, multi_avg_fn=_warm_average(decay))
 
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = list(parameters), decay
+        self.values = [parameter.detach().clone() for parameter in self._parameters]
+        self.num_averaged = torch.tensor(0)
 
-def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        t = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averaged, current, num_averaged)
-
-    return update
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters as they stand now; the first time, simply take them."""
+        t = int(self.num_averaged)
+        decay = min(self._decay, (1 + t) / (10 + t)) if t else 0.0
+        for value, parameter in zip(self.values, self._parameters, strict=True):
+            value.lerp_(parameter, 1 - decay)
+        self.num_averaged += 1

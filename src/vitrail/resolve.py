@@ -15,6 +15,7 @@ import torch
 
 from vitrail.config import MIN_TOKENS, Budget, Preprocessing, ResolvedConfig, RunConfig, check_patches
 from vitrail.data import ImageSet, SampleStream, fingerprint
+from vitrail.distributed import World
 from vitrail.errors import VitrailError, VitrailWarning
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
@@ -28,20 +29,45 @@ PROBE_RUN_STEPS = 1000
 MIN_BF16_SPEEDUP = 1.1
 
 
-def choose_machine(config: RunConfig) -> RunConfig:
-    """The config with device, precision and threads chosen where it left them open.
+def choose_machine(config: RunConfig, world: World | None = None) -> RunConfig:
+    """The config with device, precision and threads chosen where it left them open, the same in all of `world`.
 
     Raises:
-        VitrailError: if it asks for what this machine does not have.
+        VitrailError: if it asks for what this machine does not have, or not all processes would have work.
     """
+    world = world or World()
+    check_world(config, world)
     device = _choose_device(config)
     if config.compile and device == "cpu" and not has_compiler():
         raise VitrailError("--compile needs a C++ compiler and none is found; install g++ or leave --compile out")
-    precision = _choose_precision(config, device)
-    return replace(config, device=device, precision=precision, threads=config.threads or _num_cores())
+    # Measured, so that two processes may come to differ.
+    precision = "bf16" if world.agree(_choose_precision(config, device) == "bf16") else "fp32"
+    return replace(config, device=device, precision=precision, threads=config.threads or share_cores(world))
 
 
-def resolve(config: RunConfig, train_set: ImageSet, val_set: ImageSet, preprocessing: Preprocessing) -> ResolvedConfig:
+def check_world(config: RunConfig, world: World) -> None:
+    """Raise VitrailError if `config` cannot be trained by so many processes."""
+    if config.optim.batch_size < world.size:
+        raise VitrailError(
+            f"batch_size {config.optim.batch_size} leaves some of the {world.size} processes without an image; "
+            f"give --optim.batch-size {world.size} or more, or start fewer"
+        )
+    if world.size > 1 and config.compile and config.distributed == "fsdp":
+        raise VitrailError("--compile with --distributed fsdp was never tried here; leave one of them out")
+
+
+def share_cores(world: World) -> int:
+    """CPU threads for each process of this machine."""
+    return max(1, _num_cores() // world.local_size)
+
+
+def resolve(
+    config: RunConfig,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    preprocessing: Preprocessing,
+    world: World | None = None,
+) -> ResolvedConfig:
     """The config with all that the data decides; its `num_steps`, which takes a probe, is 1 as yet.
 
     Raises:
@@ -59,14 +85,18 @@ def resolve(config: RunConfig, train_set: ImageSet, val_set: ImageSet, preproces
         epoch_images=SampleStream(train_set.labels, config.seed, config.input.balanced).epoch_images,
         num_steps=1,
         data_sha256=fingerprint(train_set, val_set),
+        num_processes=(world or World()).size,
     )
 
 
-def plan_num_steps(config: ResolvedConfig, train_set: ImageSet, val_set: ImageSet, spent_s: float) -> int:
-    """Turn the budget, of which `spent_s` is gone, into a number of steps.
+def plan_num_steps(
+    config: ResolvedConfig, train_set: ImageSet, val_set: ImageSet, spent_s: float, world: World | None = None
+) -> int:
+    """Turn the budget, of which `spent_s` is gone, into a number of steps; the first process of `world` decides.
 
     A budget in minutes is probed with a learner that is then thrown away.
     """
+    world = world or World()
     budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
     if budget.unit == "epochs":
         return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
@@ -74,20 +104,21 @@ def plan_num_steps(config: ResolvedConfig, train_set: ImageSet, val_set: ImageSe
     optim, size, patch = config.optim, config.preprocessing.image_size, config.model.patch_size
     sides = [image_side(i, PROBE_RUN_STEPS, optim.coarse_fraction, size, patch) for i in range(PROBE_RUN_STEPS)]
     shares = {sides.index(side): count / PROBE_RUN_STEPS for side, count in Counter(sides).items()}
-    learner, times = Learner(replace(config, num_steps=PROBE_RUN_STEPS)), list[float]()
-    while time.monotonic() - began < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 3:
+    learner, times = Learner(replace(config, num_steps=PROBE_RUN_STEPS), world), list[float]()
+    while world.agree(time.monotonic() - began) < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 3:
         times.append(0.0)
         for step, share in shares.items():
             start = time.monotonic()
-            learner.step(train_set.take(torch.arange(batch_size) % len(train_set)), step)
+            learner.step(train_set.take(learner.share % len(train_set)), step)
             times[-1] += share * (time.monotonic() - start)
     part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
     start = time.monotonic()
     compute_logits(learner.working_copy(), part, config.preprocessing)
-    val_s = (time.monotonic() - start) * len(val_set) / len(part)
+    val_s = (time.monotonic() - start) * len(val_set) / len(part) / world.size
     left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
     # The first time also warms up, so it does not count.
-    return plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
+    num_steps = plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
+    return int(world.agree(num_steps))
 
 
 def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:

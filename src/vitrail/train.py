@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +16,15 @@ from typing import Any
 import torch.nn.functional as F
 
 from vitrail.checkpoint import write_text
-from vitrail.config import ResolvedConfig, RunConfig
+from vitrail.config import ResolvedConfig, RunConfig, to_dict
 from vitrail.data import ImageSet, SampleStream, fingerprint, load_training_data
-from vitrail.errors import Event, Interrupted, Listener, VitrailError, ignore_events
+from vitrail.distributed import World, join_world
+from vitrail.errors import Event, Interrupted, Listener, VitrailError, VitrailWarning, ignore_events
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
-from vitrail.resolve import choose_machine, plan_num_steps, prepare_cpu, resolve
+from vitrail.resolve import check_world, choose_machine, plan_num_steps, prepare_cpu, resolve, share_cores
 from vitrail.run import Run, check_vacant, create_run, load_run
 
-CHECKPOINT_EVERY_S = 300
 # After so many steps in a row whose loss or gradients were not finite, the run will not find back.
 MAX_SKIPPED = 10
 
@@ -30,39 +32,95 @@ MAX_SKIPPED = 10
 def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events) -> Run:
     """Train a model from nothing into the new run folder `out`.
 
+    Under `torchrun` all its processes train the one model, and the first writes. Started again by it because
+    one of them died, they go on with the run.
+
     Raises:
         VitrailError: if the config, the data or the folder will not do; nothing is left behind then.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
-    check_vacant(Path(out))
+    folder = Path(out)
+    if _started_again() and (folder / "config.json").exists():
+        begun = load_run(folder).config.asked()
+        check_unchanged(begun, _chosen_alike(config, begun))
+        return resume(folder, listener)
+    check_vacant(folder)
     began = time.monotonic()
-    config = choose_machine(config)
-    prepare_cpu(config.threads)
-    train_set, val_set, preprocessing = load_training_data(config, listener)
-    resolved = resolve(config, train_set, val_set, preprocessing)
-    num_steps = plan_num_steps(resolved, train_set, val_set, spent_s=time.monotonic() - began)
-    return _fit(create_run(Path(out), replace(resolved, num_steps=num_steps)), train_set, val_set, listener)
+    with join_world() as world:
+        config = choose_machine(config, world)
+        prepare_cpu(config.threads)
+        train_set, val_set, preprocessing = load_training_data(config, listener)
+        resolved = resolve(config, train_set, val_set, preprocessing, world)
+        num_steps = plan_num_steps(resolved, train_set, val_set, time.monotonic() - began, world)
+        resolved = replace(resolved, num_steps=num_steps)
+        if world.leads:
+            create_run(folder, resolved)
+        return _fit(Run(folder, resolved, folder / "model.safetensors"), train_set, val_set, listener, world)
 
 
 def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
     """Go on with the run in `out` exactly where its newest checkpoint stands.
 
-    The run that results is, bit for bit on the same machine, the one that would have been without the
-    interruption. Raises VitrailError if the data has changed, and as `train` does.
+    The run that results is, bit for bit on the same machine and as many processes, the one that would have been
+    without the interruption. Raises VitrailError if the data has changed, and as `train` does.
     """
     run = load_run(out)
     if run.weights.exists():
+        if _started_again():
+            return run
         raise VitrailError(f"{run.folder} is finished; nothing is left to resume")
-    config = run.config
-    prepare_cpu(config.threads)
-    train_set, val_set, _ = load_training_data(config, listener)
-    found = fingerprint(train_set, val_set)
-    if found != config.data_sha256:
-        raise VitrailError(
-            f"{config.data} has changed since {run.folder} began (SHA-256 {found[:12]}…, then "
-            f"{config.data_sha256[:12]}…); resume needs the very same images"
+    with join_world() as world:
+        run = _for_world(run, world)
+        prepare_cpu(run.config.threads)
+        train_set, val_set, _ = load_training_data(run.config, listener)
+        _check_data(run, train_set, val_set)
+        return _fit(run, train_set, val_set, listener, world)
+
+
+def _started_again() -> bool:
+    """Whether torchrun has started this process anew after one of them died (its --max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _chosen_alike(config: RunConfig, begun: RunConfig) -> RunConfig:
+    """`config` with what it leaves to the machine chosen as it was for `begun`."""
+    left_open = {"device": "auto", "precision": "auto", "threads": 0}
+    return replace(
+        config, **{name: getattr(begun, name) for name, value in left_open.items() if getattr(config, name) == value}
+    )
+
+
+def check_unchanged(begun: RunConfig, asked: RunConfig) -> None:
+    """Raise VitrailError, with both sides, if another run is asked for than the one begun."""
+    for name, value in to_dict(begun).items():
+        now = to_dict(asked)[name]
+        if now != value:
+            raise VitrailError(f"a resumed run keeps its config: {name} was {value}, now {now}; leave that flag out")
+
+
+def _for_world(run: Run, world: World) -> Run:
+    """The run as these processes can go on with it; warns if they are more or fewer than it began with."""
+    check_world(run.config, world)
+    begun = run.config.num_processes
+    if world.size == begun:
+        return run
+    if world.leads:
+        warnings.warn(
+            f"{run.folder} began with {begun} processes and goes on with {world.size}: it will agree with an "
+            "undisturbed run to rounding, not to the bit",
+            VitrailWarning,
+            stacklevel=3,
         )
-    return _fit(run, train_set, val_set, listener)
+    return replace(run, config=replace(run.config, threads=share_cores(world)))
+
+
+def _check_data(run: Run, train_set: ImageSet, val_set: ImageSet) -> None:
+    found, begun = fingerprint(train_set, val_set), run.config.data_sha256
+    if found != begun:
+        raise VitrailError(
+            f"{run.config.data} has changed since {run.folder} began (SHA-256 {found[:12]}…, then {begun[:12]}…); "
+            "resume needs the very same images"
+        )
 
 
 @dataclass
@@ -101,12 +159,12 @@ class _Progress:
         return figures | ({"skipped_steps": self.skipped} if self.skipped else {})
 
 
-def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -> Run:
+def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, world: World) -> Run:
     """Train from the newest checkpoint, or from the start, to the last step."""
     config = run.config
     batch_size = config.optim.batch_size
     stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
-    learner, progress = Learner(config), _Progress()
+    learner, progress = Learner(config, world), _Progress()
     checkpoint = run.load_checkpoint()
     if checkpoint is not None:
         learner.load_state(checkpoint[0])
@@ -116,35 +174,51 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener) -
     with _stop_signals() as stop_requested:
         while progress.step < config.num_steps:
             began = time.monotonic()
-            batch = train_set.take(stream.indices(progress.step * batch_size, batch_size))
-            progress.add(learner.step(batch, progress.step), time.monotonic() - began)
+            indices = stream.indices(progress.step * batch_size, batch_size)
+            loss = learner.step(train_set.take(indices[learner.share]), progress.step)
+            progress.add(loss, time.monotonic() - began)
             if progress.skipped_in_row == MAX_SKIPPED:
                 raise _lost(run, stream, progress.step)
             row = progress.figures(config) | {"lr": config.optim.lr * learner.lr_factor(progress.step - 1)}
             finished = progress.step == config.num_steps
             pass_ended = finished or progress.step * batch_size % config.epoch_images < batch_size
             if pass_ended:
-                row |= _validate(learner, val_set, config, progress)
+                row |= _validate(learner, val_set, config, progress, world)
                 rows.append(row)
-                run.write_metrics(rows)
+                if world.leads:
+                    run.write_metrics(rows)
             elif rows:
                 row["val_accuracy"] = rows[-1]["val_accuracy"]
             listener(
                 Event(task="training", done=progress.step, total=config.num_steps, fields=row, milestone=pass_ended)
             )
-            if pass_ended or stop_requested() or time.monotonic() - last_saved > CHECKPOINT_EVERY_S:
-                _save(run, learner, progress)
+            # One process's clock or signal counts for all, so that all save and leave after the same step.
+            number, due = world.max(stop_requested(), _checkpoint_due(config, progress, last_saved))
+            if pass_ended or number or due:
+                _save(run, learner, progress, world)
                 last_saved = time.monotonic()
-            if (number := stop_requested()) and not finished:
+            if number and not finished:
                 raise Interrupted(f"stopped at step {progress.step} of {config.num_steps} and saved there", number)
-    run.save_model(learner.result.state_dict())
+    state = learner.result()
+    if world.leads:
+        run.save_model(state)
+    world.wait()
     return run
 
 
-def _validate(learner: Learner, val_set: ImageSet, config: ResolvedConfig, progress: _Progress) -> dict[str, float]:
+def _checkpoint_due(config: ResolvedConfig, progress: _Progress, last_saved: float) -> bool:
+    """Whether the config asks for a checkpoint now, by the clock or by the count of steps."""
+    by_clock = config.checkpoint_minutes and time.monotonic() - last_saved > 60 * config.checkpoint_minutes
+    by_steps = config.checkpoint_steps and progress.step % config.checkpoint_steps == 0
+    return bool(by_clock or by_steps)
+
+
+def _validate(
+    learner: Learner, val_set: ImageSet, config: ResolvedConfig, progress: _Progress, world: World
+) -> dict[str, float]:
     """Close a pass: the validation figures, with the time counted and the running sums begun anew."""
     began = time.monotonic()
-    logits = compute_logits(learner.working_copy(), val_set, config.preprocessing)
+    logits = compute_logits(learner.working_copy(), val_set, config.preprocessing, world=world)
     loss = F.cross_entropy(logits, val_set.labels).item()
     accuracy = (logits.argmax(1) == val_set.labels).double().mean().item()
     progress.elapsed_s += time.monotonic() - began
@@ -163,8 +237,8 @@ def _lost(run: Run, stream: SampleStream, num_done: int) -> VitrailError:
     )
 
 
-def _save(run: Run, learner: Learner, progress: _Progress) -> None:
-    """Save a checkpoint; raise VitrailError instead if what it would hold is not finite."""
+def _save(run: Run, learner: Learner, progress: _Progress, world: World) -> None:
+    """Save a checkpoint; raise VitrailError instead, in every process, if what it would hold is not finite."""
     state = learner.state()
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -172,7 +246,10 @@ def _save(run: Run, learner: Learner, progress: _Progress) -> None:
                 f"{name} was not finite at step {progress.step}, and was not saved; "
                 "try a lower --optim.lr or --optim.muon-lr"
             )
-    run.save_checkpoint(state, asdict(progress))
+    if world.leads:
+        run.save_checkpoint(state, asdict(progress))
+    # Nobody leaves before it is written: torchrun ends all processes when one of them ends.
+    world.wait()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Every verb's libraries are imported when it runs, so that `vitrail --help` answe
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,25 +33,44 @@ def _train(arguments: list[str]) -> None:
 
     preset, arguments = _take_preset(arguments)
     resuming = "--resume" in arguments
+    arguments = _name_resumed(arguments) if resuming else arguments
     start = _begun_config(_find_option(arguments, "--out"), preset) if resuming else _preset_config(preset)
 
     flags = _parse(TrainFlags, "train", arguments, TrainFlags(start))
     if resuming:
-        _check_unchanged(start, flags.config)
+        from vitrail.train import check_unchanged
+
+        check_unchanged(start, flags.config)
     from vitrail.train import resume, train
 
+    if flags.out is None and "WORLD_SIZE" in os.environ:
+        raise VitrailError("many processes need to mean the same run folder; give --out RUN")
     out = flags.out or _next_run_folder(flags.config)
     try:
-        with ProgressDisplay(flags.quiet) as display:
+        with ProgressDisplay(flags.quiet or not _leads()) as display:
             run = resume(out, display) if resuming else train(flags.config, out, display)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; go on with: vitrail train --resume --out {out}", stop.signal) from stop
+    if not _leads():
+        return
     last = run.read_metrics()[-1]
     if flags.json:
         print(json.dumps({"run": str(run.folder), **last}))
     else:
         print(f"{run.folder}: val accuracy {last['val_accuracy']:.1%} after {last['elapsed_s'] / 60:.1f} min")
         print(f"next: vitrail evaluate {run.folder}")
+
+
+def _leads() -> bool:
+    """Whether this process speaks for all that torchrun started; alone, yes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _name_resumed(arguments: list[str]) -> list[str]:
+    """`--resume RUN` in its long form, `--resume --out RUN`."""
+    after = arguments.index("--resume") + 1
+    named = after < len(arguments) and not arguments[after].startswith("-")
+    return [*arguments[:after], "--out", *arguments[after:]] if named else arguments
 
 
 def _take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -81,21 +101,11 @@ def _begun_config(out: str | None, preset: str | None) -> Any:
     from vitrail.run import load_run
 
     if out is None:
-        raise VitrailError("--resume needs the run to go on with; give --out RUN")
+        raise VitrailError("--resume needs the run to go on with; give --resume RUN")
     begun = load_run(out).config.asked()
     if preset not in (None, begun.preset):
         raise VitrailError(f"{out} began with the preset {begun.preset}, not {preset}; leave the preset out")
     return begun
-
-
-def _check_unchanged(begun: Any, asked: Any) -> None:
-    """Raise VitrailError if a flag beside --resume asks for another run than the one begun."""
-    from vitrail.config import to_dict
-
-    for name, value in to_dict(begun).items():
-        now = to_dict(asked)[name]
-        if now != value:
-            raise VitrailError(f"a resumed run keeps its config: {name} was {value}, now {now}; leave that flag out")
 
 
 def _next_run_folder(config: Any) -> Path:
@@ -112,8 +122,10 @@ def _evaluate(arguments: list[str]) -> None:
     from vitrail.run import load_run
 
     run = load_run(flags.model)
-    with ProgressDisplay(flags.quiet) as display:
+    with ProgressDisplay(flags.quiet or not _leads()) as display:
         metrics = evaluate(run, flags.data, flags.split, display)
+    if not _leads():
+        return
     files = save_evaluation(metrics, flags.split, flags.out or run.outputs)
     if flags.json:
         print(json.dumps({"split": flags.split, **asdict(metrics)}))
