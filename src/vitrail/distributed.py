@@ -72,9 +72,14 @@ def join_world() -> Generator[World]:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+    # torchrun's store outlives its processes: without a name of their own, those started again would now and then
+    # read the addresses of those that died, and knock in vain (pytorch/pytorch#135712, #167288).
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
+        yield World(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
         dist.destroy_process_group()
 
