@@ -76,6 +76,7 @@ def part(figures: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]
     return {k.removeprefix(f"{name}/"): v for k, v in figures.items() if k.startswith(f"{name}/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro", [0, 3])
 def test_many_processes_take_the_steps_of_one(figures: dict[str, torch.Tensor], strategy: str, micro: int) -> None:
@@ -89,6 +90,7 @@ def test_many_processes_take_the_steps_of_one(figures: dict[str, torch.Tensor], 
     assert len(set(alone["losses"].tolist())) == world.NUM_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro", [0, 3])
 def test_a_checkpoint_of_many_processes_goes_on_to_the_bit(
@@ -99,6 +101,7 @@ def test_a_checkpoint_of_many_processes_goes_on_to_the_bit(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_fits_any_number_of_processes(figures: dict[str, torch.Tensor]) -> None:
     state = {k: v for k, v in part(figures, "fsdp-0-None").items() if k != "losses"}
     learner = world.Learner(world.make_resolved())
@@ -136,6 +139,7 @@ def test_eval_exact(tmp_path: Path, size: int) -> None:
     assert found["logits"].tolist() == [[float(i), 2.0 * i] for i in range(97)]
 
 
+@pytest.mark.slow
 def test_ddp_sigterm(tmp_path: Path) -> None:
     """SIGTERM to one process: all stop after the same step, saved once, within 30 s; then the run goes on alone."""
     run = tmp_path / "run"
@@ -160,6 +164,7 @@ def test_ddp_sigterm(tmp_path: Path) -> None:
     assert load_run(run).checkpoints[-1].name == f"step_{int(stops[0]) + 1:08d}"
 
 
+@pytest.mark.slow
 def test_ddp_restart(tmp_path: Path) -> None:
     """One process killed outright: torchrun starts all again, and the weights are those of an undisturbed run."""
     command = [*TRAIN, "--budget", "6epochs", "--checkpoint-steps", "7", "--out"]

@@ -59,6 +59,7 @@ def accuracy_after_a_minute(config: RunConfig, data: Path, out: Path) -> tuple[f
     return run.read_metrics()[-1]["val_accuracy"], run
 
 
+@pytest.mark.slow
 def test_the_recipe_beats_plain_adamw_in_a_minute(shapes: Path, tmp_path: Path) -> None:
     quick = get_preset("quick")
     plain = replace(quick, model=ModelConfig(), optim=OptimConfig(optimizer="adamw", lr=1e-3))

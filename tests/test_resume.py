@@ -5,10 +5,13 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +27,9 @@ from vitrail.errors import Event, Interrupted, VitrailError, VitrailWarning
 from vitrail.evaluate import evaluate
 from vitrail.learner import Learner
 from vitrail.predict import load
-from vitrail.run import Run, load_run
+from vitrail.run import Run, create_run, load_run
 from vitrail.train import resume, train
+from vitrail.verify import timeless_metrics
 
 ALL = {
     "model": ModelConfig(patch_size=2, embed_dim=32, depth=2, num_heads=4, drop_rate=0.1, rel_pos="neighbour"),
@@ -37,10 +41,6 @@ PASS_STEPS = 21  # 1,295 digits in batches of 64
 
 def same_bytes(a: Run, b: Run) -> bool:
     return a.weights.read_bytes() == b.weights.read_bytes()
-
-
-def timeless(run: Run) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "elapsed_s")} for row in run.read_metrics()]
 
 
 def stop_at(*steps: int) -> object:
@@ -66,15 +66,30 @@ def test_resume_bitwise(whole: Run, tmp_path: Path, stop_after: int) -> None:
     assert not (tmp_path / "run" / "model.safetensors").exists()
     resumed = resume(tmp_path / "run")
     assert same_bytes(resumed, whole)
-    assert timeless(resumed) == timeless(whole)
+    assert timeless_metrics(resumed) == timeless_metrics(whole)
 
 
+@pytest.mark.slow
 def test_resume_bitwise_in_bf16_with_replicas(tmp_path: Path) -> None:
     config = make_config(precision="bf16", threads=2, budget="1epochs", optim=OptimConfig(batch_size=64, ema_decay=0.9))
     undisturbed = train(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run", stop_at(7))
     assert same_bytes(resume(tmp_path / "run"), undisturbed)
+
+
+def test_resume_bitwise_with_a_budget_in_seconds(tmp_path: Path) -> None:
+    """The probe turns seconds into steps once; time already spent is told on, not spent anew."""
+    with pytest.raises(Interrupted):
+        train(make_config(**ALL, budget="4s"), tmp_path / "run", stop_at(20))
+    spent = load_run(tmp_path / "run").load_checkpoint()[1]["elapsed_s"]
+    config = load_run(tmp_path / "run").config
+    resumed = resume(tmp_path / "run")
+    undisturbed = resume(create_run(tmp_path / "whole", config).folder)
+    assert same_bytes(resumed, undisturbed)
+    assert timeless_metrics(resumed) == timeless_metrics(undisturbed)
+    assert resumed.read_metrics()[-1]["step"] == config.num_steps
+    assert resumed.read_metrics()[-1]["elapsed_s"] > spent > 0
 
 
 def test_resume_twice(whole: Run, tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_resume_twice(whole: Run, tmp_path: Path) -> None:
         resume(tmp_path / "run", stop_at(30))
     resumed = resume(tmp_path / "run")
     assert same_bytes(resumed, whole)
-    assert timeless(resumed) == timeless(whole)
+    assert timeless_metrics(resumed) == timeless_metrics(whole)
     with pytest.raises(VitrailError, match="is finished"):
         resume(tmp_path / "run")
 
@@ -125,7 +140,7 @@ def test_ckpt_corrupt(whole: Run, tmp_path: Path) -> None:
     with pytest.warns(VitrailWarning, match=r"step_00000030/state\.safetensors has changed .* going back"):
         resumed = resume(tmp_path / "run")
     assert same_bytes(resumed, whole)
-    assert timeless(resumed) == timeless(whole)
+    assert timeless_metrics(resumed) == timeless_metrics(whole)
     (whole_again := load_run(tmp_path / "run")).weights.unlink()
     for path in whole_again.checkpoints:
         (path / "manifest.json").unlink()
@@ -177,9 +192,87 @@ def test_save_fail(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             resume(tmp_path / "run")
     resumed = resume(tmp_path / "run")
     assert same_bytes(resumed, whole)
-    assert timeless(resumed) == timeless(whole)
+    assert timeless_metrics(resumed) == timeless_metrics(whole)
 
 
+@pytest.mark.parametrize("step", [5, PASS_STEPS])
+def test_save_fail_where_the_folder_has_vanished(whole: Run, tmp_path: Path, step: int) -> None:
+    """Between two passes and at the end of one: said, and no hollow folder is made in its place."""
+
+    def vanish(event: Event) -> None:
+        if event.task == "training" and event.done == step - 1:
+            shutil.rmtree(tmp_path / "run")
+
+    config = replace(whole.config.asked(), checkpoint_steps=step)
+    with pytest.raises(VitrailError, match=r"cannot write .*No such file or directory; there is no checkpoint yet"):
+        train(config, tmp_path / "run", vanish)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(whole: Run, tmp_path: Path) -> None:
+    def twice(event: Event) -> None:
+        if event.task == "training" and event.done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(whole.config.asked(), tmp_path / "run", twice)
+    assert load_run(tmp_path / "run").checkpoints == []
+
+
+def test_checkpoints_by_steps_and_by_the_clock(tmp_path: Path) -> None:
+    def saved(**when: float) -> set[str]:
+        seen, folder = set(), tmp_path / "-".join(f"{name}-{value}" for name, value in when.items())
+
+        def listen(event: Event) -> None:
+            seen.update(path.name for path in list_checkpoints(folder / "checkpoints"))
+
+        train(make_config(budget="1epochs", **when), folder, listen)
+        return seen
+
+    assert saved(checkpoint_steps=5) == {f"step_{step:08d}" for step in (5, 10, 15, 20)}
+    assert len(saved(checkpoint_minutes=1e-9)) == PASS_STEPS - 1
+    assert saved(checkpoint_minutes=0) == set()
+
+
+@pytest.mark.slow
+def test_verify_resume(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two short runs by the command, one killed, and the figures that prove them equal."""
+    from vitrail.cli import main
+
+    command = ["verify-resume", str(trained.folder / "config.json"), "--steps", "24", "--kills", "2", "--quiet"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["exact"] is True
+    assert told["undisturbed_sha256"] == told["killed_sha256"] != sha256(trained.weights.read_bytes()).hexdigest()
+    first, second = told["killed_after_steps"]
+    assert 0 < first < second < 24
+    assert main([*command[:2], "--kills", "0"]) == 2
+    assert "0 kills in 40 steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_verify_resume_tells_runs_apart(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a killed run goes on with another learning rate, the difference is told and the exit code is 2."""
+    from vitrail import verify
+    from vitrail.cli import main
+
+    live_and_die = verify._live_and_die
+
+    def spoil(run: Run, delay_s: float) -> int:
+        reached = live_and_die(run, delay_s)
+        file = run.folder / "config.json"
+        file.write_text(file.read_text().replace('"lr": 0.002', '"lr": 0.003'))
+        return reached
+
+    monkeypatch.setattr(verify, "_live_and_die", spoil)
+    assert main(["verify-resume", str(trained.folder), "--steps", "16", "--kills", "1", "--quiet"]) == 2
+    assert "is not the undisturbed one: its weights differ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_sigterm(tmp_path: Path) -> None:
     """SIGTERM to the command: it finishes the step, saves, says so and exits with 143; Ctrl-C with 130."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):

@@ -48,7 +48,9 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], values: Mapping
             _drop(final)
         for left_over in folder.glob(".step_*"):
             shutil.rmtree(left_over)
-        partial.mkdir(parents=True)
+        # Not its parents: a run folder that has vanished must not come back as a hollow one.
+        folder.mkdir(exist_ok=True)
+        partial.mkdir()
         save_tensors(tensors, partial / FILES[0])
         write_text(partial / FILES[1], json.dumps(dict(values), indent=1))
         write_text(partial / "manifest.json", json.dumps({name: _sha256(partial / name) for name in FILES}, indent=1))

@@ -116,3 +116,21 @@ class BenchFlags:
     """Print one JSON object."""
     quiet: bool = False
     """Show no progress."""
+
+
+@dataclass
+class VerifyResumeFlags:
+    """Train a short run twice with a run's config, once killed and resumed, and compare the results to the bit."""
+
+    config: tyro.conf.Positional[Path]
+    """A run folder, or its config.json; the run itself is left alone."""
+    steps: int = 40
+    """Length of the short run."""
+    kills: int = 3
+    """How often it is killed (SIGKILL), each time at a random moment after it has saved."""
+    seed: int = 0
+    """Draws the moments."""
+    json: bool = False
+    """Print one JSON object."""
+    quiet: bool = False
+    """Show no progress."""

@@ -256,6 +256,28 @@ def _bench(arguments: list[str]) -> None:
         print(f"left out: {line}")
 
 
+def _verify_resume(arguments: list[str]) -> None:
+    from vitrail.console import ProgressDisplay
+    from vitrail.flags import VerifyResumeFlags
+
+    flags = _parse(VerifyResumeFlags, "verify-resume", arguments)
+    from vitrail.verify import verify_resume
+
+    with ProgressDisplay(flags.quiet) as display:
+        found = verify_resume(flags.config, flags.steps, flags.kills, flags.seed, display)
+    if flags.json:
+        print(json.dumps({"exact": found.exact, **asdict(found)}))
+    else:
+        print(f"undisturbed                     model.safetensors {found.undisturbed_sha256}")
+        killed = ", ".join(map(str, found.killed_after_steps))
+        print(f"killed after steps {killed:13}model.safetensors {found.killed_sha256}")
+    if not found.exact:
+        what = "its metrics differ" if found.undisturbed_sha256 == found.killed_sha256 else "its weights differ"
+        raise VitrailError(f"a run of {flags.config} that is killed and resumed is not the undisturbed one: {what}")
+    if not flags.json:
+        print(f"the same, to the bit, after {found.num_steps} steps; metrics too")
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -263,5 +285,6 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "explain": _explain,
     "report": _report,
     "bench": _bench,
+    "verify-resume": _verify_resume,
 }
 """What to call with the arguments after each verb."""
