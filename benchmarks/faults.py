@@ -3,9 +3,9 @@
     python benchmarks/faults.py --interruptions 200
 
 Each training has a config of its own, drawn by the seed: augmentation, mixing, dropout, averaging, optimizer,
-precision, sizes. It is run once undisturbed, then interrupted up to ten times at random moments, while reading, stepping
-or saving, by SIGKILL, SIGTERM, Ctrl-C or a double Ctrl-C, and resumed each time. When it is finished, the SHA-256 of its
-weights and its metrics, times aside, are compared. A life that ends in any other way counts as a failure too.
+precision, sizes. It is run once undisturbed, then interrupted up to ten times at random moments, while reading, in a
+step or while saving, by SIGKILL, SIGTERM, Ctrl-C or a double Ctrl-C, and resumed each time. When it is finished, the
+SHA-256 of its weights and its metrics, times aside, are compared. A life that ends in any other way is a failure too.
 """
 
 import argparse

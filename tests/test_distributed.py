@@ -109,6 +109,16 @@ def test_a_checkpoint_fits_any_number_of_processes(figures: dict[str, torch.Tens
     assert all(torch.equal(state[name], tensor) for name, tensor in learner.state().items())
 
 
+def test_nonfinite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    out = tmp_path / "spoilt.safetensors"
+    process = torchrun(2, world.__file__, "spoil", out)
+    said = finish(process)
+    assert process.returncode == 0, said
+    for strategy in ("ddp", "fsdp"):
+        found = part(load_file(out), strategy)
+        assert {name: tensor.item() for name, tensor in found.items()} == {"skipped": 2.0, "moved": 0.0}
+
+
 def test_accum() -> None:
     """Pieces of a batch, the last one shorter, add up to the gradients of the whole."""
     for micro in (1, 3, 7, 19, 20, 64):

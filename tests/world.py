@@ -1,11 +1,13 @@
 """What `test_distributed` has torchrun start: a few steps, or an evaluation, whose figures the first process writes.
 
 python tests/world.py steps OUT.safetensors     losses and weights of every strategy
+python tests/world.py spoil OUT.safetensors     what a step does when one process's part is not finite
 python tests/world.py evaluate OUT.safetensors  logits, and how often each image was looked at
 """
 
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -70,6 +72,22 @@ def steps(world: World) -> dict[str, Tensor]:
     return found
 
 
+def spoil(world: World) -> dict[str, Tensor]:
+    """How many processes skipped the step, and by how much all state moved in the worst of them."""
+    found: dict[str, Tensor] = {}
+    for strategy in ("ddp", "fsdp"):
+        learner = Learner(replace(make_resolved(), distributed=strategy), world)
+        before = {name: tensor.clone() for name, tensor in learner.state().items()}
+        if not world.leads:
+            learner.model.head.register_forward_hook(lambda *seen: seen[2] * math.nan)
+            for replica in learner._replicas:
+                replica.head.register_forward_hook(lambda *seen: seen[2] * math.nan)
+        skipped = torch.tensor(float(math.isnan(learner.step(make_images(BATCH_SIZE).take(learner.share), 0))))
+        moved = max((tensor - before[name]).abs().max().item() for name, tensor in learner.state().items())
+        found |= {f"{strategy}/skipped": world.sum(skipped), f"{strategy}/moved": world.sum(torch.tensor(moved))}
+    return found
+
+
 class Counting(nn.Module):
     """Answers with the first two pixels of an image, which are its number, and counts whom it was shown."""
 
@@ -97,7 +115,7 @@ def evaluate(world: World) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with join_world() as joined:
-        figures = {"steps": steps, "evaluate": evaluate}[sys.argv[1]](joined)
+        figures = {"steps": steps, "spoil": spoil, "evaluate": evaluate}[sys.argv[1]](joined)
         if joined.leads:
             save_file({name: tensor.contiguous().clone() for name, tensor in figures.items()}, Path(sys.argv[2]))
             print(json.dumps({"size": joined.size}))
