@@ -1,5 +1,6 @@
 """Sources, splits, the order of samples, decoding: everything between a folder and a batch."""
 
+import hashlib
 import io
 import json
 import warnings
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import vitrail.data.cifar as cifar_room
 import vitrail.data.decode as decode_room
-import vitrail.data.sources as sources_room
 from conftest import COLOURS, save_image
 from vitrail.batch import normalize
 from vitrail.config import InputConfig, RunConfig
@@ -103,16 +104,15 @@ def test_cifar10_uses_the_hub_copy_where_its_home_fails(tmp_path: Path, monkeypa
     served = tmp_path / "served"
     write_parquet(served, [encode(c) for c in COLOURS.values()] * 4, [0, 1, 2] * 4)
     write_parquet(served, [encode(c) for c in COLOURS.values()], [0, 1, 2], "test")
-    sums = {p.name: sources_room.hashlib.sha256(p.read_bytes()).hexdigest() for p in served.iterdir()}
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in served.iterdir()}
     (served / "tree").write_text(json.dumps([{"path": f"x/{n}", "lfs": {"oid": s}} for n, s in sums.items()]))
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("home is down")
-
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", refuse)
-    monkeypatch.setattr(sources_room, "CIFAR10_HUB", served.as_uri() + "/{kind}{verb}")
-    with pytest.raises(VitrailError, match=r"tried cs\.toronto\.edu \(home is down\) and huggingface\.co") as offline:
+    monkeypatch.setattr(cifar_room, "HOME", (served / "cifar-10-python.tar.gz").as_uri())
+    monkeypatch.setattr(cifar_room, "HUB", served.as_uri() + "/{kind}{verb}")
+    with pytest.raises(
+        VitrailError, match=r"tried cs\.toronto\.edu \(.*No such file.*\) and huggingface\.co"
+    ) as offline:
         load("cifar10")
     assert "pass --data FOLDER" in str(offline.value)
     (served / "api").mkdir()
@@ -122,7 +122,7 @@ def test_cifar10_uses_the_hub_copy_where_its_home_fails(tmp_path: Path, monkeypa
         (served / name).rename(served / "resolve" / name)
     train, _, _ = load("cifar10")
     assert train.class_names == tuple(COLOURS)
-    monkeypatch.setattr(sources_room, "CIFAR10_HUB", "file:///nowhere/{kind}{verb}")
+    monkeypatch.setattr(cifar_room, "HUB", "file:///nowhere/{kind}{verb}")
     assert len(load("cifar10")[0]) == len(train)  # from the cache now
 
 
@@ -131,9 +131,9 @@ def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "resolve").mkdir()
     (tmp_path / "api" / "tree").write_text(json.dumps([{"path": "test-0.parquet", "lfs": {"oid": "0" * 64}}]))
     (tmp_path / "resolve" / "test-0.parquet").write_bytes(b"other bytes")
-    monkeypatch.setattr(sources_room, "CIFAR10_HUB", tmp_path.as_uri() + "/{kind}{verb}")
+    monkeypatch.setattr(cifar_room, "HUB", tmp_path.as_uri() + "/{kind}{verb}")
     with pytest.raises(ValueError, match=r"test-0\.parquet arrived damaged"):
-        sources_room._download_hub_copy(tmp_path / "cache")
+        cifar_room._download_hub_copy(tmp_path / "cache", ignore_events)
     assert not list((tmp_path / "cache").iterdir())
 
 

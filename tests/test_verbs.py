@@ -42,7 +42,18 @@ def test_metrics_by_hand() -> None:
     assert metrics.ece == pytest.approx((0.3 + 0.6 + 2 * abs(0.5 - 0.8)) / 4, abs=1e-6)
 
 
-def test_a_confidence_of_one_shares_the_last_bin() -> None:
+def test_ece_with_confidences_of_zero_and_one() -> None:
+    """By hand, in bins of 1/15: sure of the right class, sure of a wrong one, the right one's own being 0, in between."""
+    sure, halfway = [1.0, 0.0, 0.0], [0.5, 0.45, 0.05]
+    logits = logits_of([sure, sure, sure, halfway, halfway])  # the logarithm of 0 is minus infinity
+    metrics = compute_metrics(logits, torch.tensor([0, 0, 1, 0, 2]), ("a", "b", "c"))
+    assert metrics.ece == pytest.approx(3 / 5 * (1 - 2 / 3) + 2 / 5 * abs(0.5 - 1 / 2), abs=1e-5)
+    everyone_sure = compute_metrics(logits_of([sure] * 4), torch.tensor([0, 0, 0, 0]), ("a", "b", "c"))
+    assert everyone_sure.ece == pytest.approx(0, abs=1e-5)
+    assert compute_metrics(logits_of([sure]), torch.tensor([2]), ("a", "b", "c")).ece == pytest.approx(1, abs=1e-5)
+
+
+def test_ece_a_confidence_of_one_shares_the_last_bin() -> None:
     """Certain and wrong, beside 95% sure and right: one bin of accuracy 0.5 and confidence 0.975."""
     logits = torch.tensor([[1000.0, 0.0], [math.log(0.95 / 0.05), 0.0]])
     metrics = compute_metrics(logits, torch.tensor([1, 0]), ("a", "b"))

@@ -128,6 +128,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise VitrailError(f"cannot read {path}: {error}") from error
 
 
+# Files of these kinds hold, or may hold, pickles: programs that run when they are read.
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise VitrailError if `path` is named as pickled weights are; it is not opened."""
+    if path.suffix.lower() in PICKLES:
+        raise VitrailError(
+            f"{path} is never opened: a pickle can run any program when it is read, and weights_only has been got "
+            f'round; only if you made it yourself, convert it: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')\""
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, whole or not at all, and wait until it is on the disk."""
     partial = path.with_name(f".{path.name}.partial")

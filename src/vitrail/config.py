@@ -5,6 +5,7 @@ resolved one holds everything training depends on, so a run is a pure function o
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 # Fewer patches than this and the picture is too coarse to tell classes apart.
 MIN_TOKENS = 16
+# Larger ones were never meant, and would be refused by the memory instead.
+MAX_WIDTH, MAX_DEPTH, MAX_IMAGE_SIZE = 2**16, 1000, 4096
 
 
 def _require(condition: bool, message: str) -> None:
@@ -56,12 +59,14 @@ class ModelConfig:
         for name in ("patch_size", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; give a whole number of at least 1")
+        _require(self.embed_dim <= MAX_WIDTH, f"embed_dim is {self.embed_dim}; give at most {MAX_WIDTH}")
+        _require(self.depth <= MAX_DEPTH, f"depth is {self.depth}; give at most {MAX_DEPTH}")
         _require(
             self.embed_dim % self.num_heads == 0,
             f"{self.num_heads} heads do not divide the width {self.embed_dim}; "
             "change --model.num-heads or --model.embed-dim",
         )
-        _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}; give a number above 0")
+        _require(0 < self.mlp_ratio <= 100, f"mlp_ratio is {self.mlp_ratio}; give a number above 0, at most 100")
         for name in ("drop_rate", "drop_path_rate"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; give a probability of at least 0 and below 1")
@@ -163,7 +168,8 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            _require(self.image_size >= 1, f"image_size is {self.image_size}; give at least 1 pixel")
+            side = self.image_size
+            _require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
         _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
 
 
@@ -178,6 +184,16 @@ class Preprocessing:
     num_channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        side, channels = self.image_size, self.num_channels
+        _require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
+        _require(channels in (1, 3), f"num_channels is {channels}; give 1 (grey) or 3 (colour)")
+        fits = len(self.mean) == len(self.std) == channels and all(0 <= m <= 1 for m in self.mean)
+        _require(
+            fits and all(0 < deviation < math.inf for deviation in self.std),
+            f"mean {self.mean} and std {self.std} do not fit {channels} channels of 0..1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,9 +297,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(cls: type[T], values: Any) -> T:
     """Build a config dataclass from JSON values. Raises VitrailError for unknown, missing or misfitting ones."""
     hints = typing.get_type_hints(cls)
+    _require(isinstance(values, Mapping), f"{values!r} is no {cls.__name__}")
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise VitrailError(f"unknown {cls.__name__} field {unknown[0]!r}; was it written by a newer vitrail?")
@@ -300,7 +317,8 @@ def _convert(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value)
     if typing.get_origin(kind) is tuple:
-        return tuple(value)
+        _require(isinstance(value, list), f"{value!r} is no list")
+        return tuple(_convert(kind.__args__[0], item) for item in value)
     if typing.get_origin(kind) is Literal:
         _require(value in kind.__args__, f"{value!r} is none of {', '.join(map(repr, kind.__args__))}")
         return value

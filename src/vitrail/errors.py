@@ -38,6 +38,14 @@ class Event:
     milestone: bool = False
 
 
+def printable(text: str) -> str:
+    """`text` as it may be shown: what would move a terminal's cursor, colour or reading direction is spelt out.
+
+    The names of classes and files come from whoever made the data.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 Listener = Callable[[Event], None]
 
 

@@ -13,7 +13,7 @@ from vitrail.batch import normalize
 from vitrail.config import Preprocessing
 from vitrail.data import ImageSet, load_split
 from vitrail.distributed import World, join_world
-from vitrail.errors import Event, Listener, VitrailError, ignore_events
+from vitrail.errors import Event, Listener, VitrailError, ignore_events, printable
 from vitrail.metrics import Metrics, compute_metrics
 from vitrail.run import Run
 
@@ -95,17 +95,19 @@ def save_evaluation(metrics: Metrics, split: str, folder: Path) -> tuple[Path, P
 
 def _draw_confusion(metrics: Metrics) -> Any:
     """The confusion matrix, rows normalised to shares of the true class, counts written in the cells."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = list(metrics.per_class)
+    names = [printable(name) for name in metrics.per_class]
     counts = torch.tensor(metrics.confusion)
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     side = max(4.5, 0.55 * len(names) + 2)
     figure = Figure(figsize=(side, side), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    with mpl.rc_context({"text.parse_math": False}):
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(f"accuracy {metrics.accuracy:.1%} on {metrics.count} images")
     if len(names) <= 30:

@@ -44,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8, "image.interpolation": "none",
     "svg.fonttype": "none", "svg.hashsalt": "vitrail", "axes.unicode_minus": False,
+    "text.parse_math": False,  # a class called $x$ is called so
 }  # fmt: skip
 # Whichever of these is installed writes class names that DejaVu has no letters for.
 CJK_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic")

@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vitrail.checkpoint import (
     list_checkpoints,
     load_newest_checkpoint,
     load_tensors,
+    refuse_pickle,
     save_checkpoint,
     save_tensors,
     sync,
@@ -107,19 +109,33 @@ class Run:
             prefix = "ema." if any(k.startswith("ema.") for k in state) else "model."
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         pre = self.config.preprocessing
-        model = build_vit(self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
+        build = partial(build_vit, self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
         head = state.get("head.weight")
         if head is not None and len(head) != len(self.config.classes):
             raise VitrailError(
                 f"{self.weights} tells {len(head)} classes apart, its config names {len(self.config.classes)}; "
                 "the two do not belong together"
             )
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:200]
-            raise VitrailError(f"{self.weights} does not fit its config.json: {detail}") from error
+        with torch.device("meta"):  # shapes alone, which take no memory whatever the config says
+            _check_fit(self.weights, state, build().state_dict())
+        model = build()
+        model.load_state_dict(state)
         return model.eval()
+
+
+def _check_fit(weights: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise VitrailError unless the tensors in a file are those that a model has, by name, shape and kind of number."""
+    for name in sorted(found.keys() | expected.keys()):
+        theirs, ours = (
+            f"{list(state[name].shape)}{'' if state[name].is_floating_point() else ' of whole numbers'}"
+            if name in state
+            else "nothing"
+            for state in (found, expected)
+        )
+        if theirs != ours:
+            raise VitrailError(
+                f"{weights} does not fit its config.json: {name} is {theirs} there, {ours} by the config"
+            )
 
 
 def create_run(folder: Path, config: ResolvedConfig) -> Run:
@@ -150,6 +166,7 @@ def load_run(model: str | Path) -> Run:
         VitrailError: if it is none of them.
     """
     path = Path(model)
+    refuse_pickle(path)
     if not path.exists() and str(model) in list_bundled():
         path = BUNDLED / model
     if (path / "state.safetensors").exists():

@@ -7,17 +7,29 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import Interrupted, VitrailError
+from vitrail.errors import Interrupted, VitrailError, printable
 
 
 def say(text: str) -> None:
     """One line on standard error."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+
+
+def _show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output, whose cells are text and no markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console().print(table)
 
 
 def _parse(kind: Any, verb: str, arguments: list[str], default: Any = None) -> Any:
@@ -130,18 +142,15 @@ def _evaluate(arguments: list[str]) -> None:
     if flags.json:
         print(json.dumps({"split": flags.split, **asdict(metrics)}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("class", "accuracy", "images", "most often taken for")
+    rows: list[tuple[str, str, str, str]] = []
     for i, (name, accuracy) in enumerate(metrics.per_class.items()):
         row = metrics.confusion[i]
         wrong, taken_for = max(
             (count, other) for j, (count, other) in enumerate(zip(row, metrics.per_class, strict=True)) if j != i
         )
         mistaken = f"{taken_for} ({wrong})" if wrong else "–"
-        table.add_row(name, "–" if accuracy is None else f"{accuracy:.1%}", str(sum(row)), mistaken)
-    Console().print(table)
+        rows.append((name, "–" if accuracy is None else f"{accuracy:.1%}", str(sum(row)), mistaken))
+    _show_table(("class", "accuracy", "images", "most often taken for"), rows)
     print(
         f"{flags.split}: accuracy {metrics.accuracy:.2%} (95% interval {metrics.accuracy_low:.2%} to "
         f"{metrics.accuracy_high:.2%}) on {metrics.count} images, loss {metrics.loss:.3f}, "
@@ -163,13 +172,8 @@ def _predict(arguments: list[str]) -> None:
     if flags.json:
         print(json.dumps({"predictions": [asdict(p) for p in predictions]}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("picture", *(f"{i + 1}." for i in range(len(predictions[0].top))))
-    for prediction in predictions:
-        table.add_row(prediction.path, *(f"{guess.label} {guess.probability:.1%}" for guess in prediction.top))
-    Console().print(table)
+    columns = ("picture", *(f"{i + 1}." for i in range(len(predictions[0].top))))
+    _show_table(columns, ((p.path, *(f"{g.label} {g.probability:.1%}" for g in p.top)) for p in predictions))
 
 
 def _explain(arguments: list[str]) -> None:
@@ -207,7 +211,7 @@ def _explain(arguments: list[str]) -> None:
     else:
         probabilities = explanation.logits[0].softmax(0).tolist()
         best = sorted(zip(probabilities, found.classes, strict=True), reverse=True)[:3]
-        print("  ".join(f"{label} {probability:.1%}" for probability, label in best))
+        print("  ".join(f"{printable(label)} {probability:.1%}" for probability, label in best))
         print(f"wrote {out} and {beside}")
 
 

@@ -12,7 +12,7 @@ from vitrail.data.decode import decode, infer_format, measure_preprocessing
 from vitrail.data.order import TEST_FRACTION, cut_split
 from vitrail.data.records import Records
 from vitrail.data.sources import read_source
-from vitrail.errors import Listener, VitrailError
+from vitrail.errors import Listener, VitrailError, ignore_events
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class ImageSet:
         return Batch(self.images[indices], self.labels[indices], torch.ones(len(indices)))
 
 
-def split_records(source: str, config: InputConfig, seed: int) -> dict[str, Records]:
+def split_records(
+    source: str, config: InputConfig, seed: int, listener: Listener = ignore_events
+) -> dict[str, Records]:
     """The `train`, `val` and `test` records of a source, cutting those it does not have from train.
 
     Where there is no `test`, the same fifth of every class is cut whatever the seed; `val` is then cut
     from what is left, by `seed`. Both are stratified.
     """
-    splits = read_source(source)
+    splits = read_source(source, listener)
     for name, fraction, split_seed in (("test", TEST_FRACTION, 0), ("val", config.val_fraction, seed)):
         if name not in splits:
             train = splits["train"]
@@ -51,7 +53,7 @@ def split_records(source: str, config: InputConfig, seed: int) -> dict[str, Reco
 
 def load_training_data(config: RunConfig, listener: Listener) -> tuple[ImageSet, ImageSet, Preprocessing]:
     """Decode `train` and `val` of `config.data`, and measure the preprocessing on `train`. Never decodes `test`."""
-    splits = split_records(config.data, config.input, config.seed)
+    splits = split_records(config.data, config.input, config.seed, listener)
     size, channels = infer_format(splits["train"], config.input.image_size)
     skip_bad = config.input.skip_bad
     train, val = (_decode_split(splits[name], size, channels, skip_bad, listener) for name in ("train", "val"))
@@ -60,7 +62,7 @@ def load_training_data(config: RunConfig, listener: Listener) -> tuple[ImageSet,
 
 def load_split(config: ResolvedConfig, source: str, split: str, listener: Listener) -> ImageSet:
     """Decode one split of `source` for a trained model. Raises VitrailError if its classes are not the model's."""
-    splits = split_records(source, config.input, config.seed)
+    splits = split_records(source, config.input, config.seed, listener)
     if split not in splits:
         raise VitrailError(f"no split '{split}'; give one of {', '.join(splits)}")
     found = splits[split].class_names

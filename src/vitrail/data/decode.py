@@ -1,7 +1,10 @@
 """From an encoded image to pixels, the same way for training, evaluation and prediction."""
 
 import io
+import os
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ LARGEST_OWN_SIZE = 64
 MAX_IN_MEMORY_BYTES = 4 * 2**30
 
 
+# What is read, by content and not by name, and the most pixels of one image, checked before they are decoded.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 16_000_000
+
+
+# What Pillow's readers raise on a file that is not as its format says, beside OSError.
+MALFORMED = (ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
+             Image.DecompressionBombError, MemoryError)  # fmt: skip
+
+
 class BadImageError(VitrailError):
     """A file that is no image, or a damaged one."""
 
@@ -30,19 +43,35 @@ class BadImageError(VitrailError):
 def open_image(item: Item) -> Image.Image:
     """Decode fully, upright by its EXIF orientation, to mode L or RGB with 8 bits a channel.
 
-    Transparency is laid over white; 16-bit grey is scaled to 8. Raises BadImageError if it cannot be read.
+    Of an animation the first frame is taken. Transparency is laid over white; 16-bit grey is scaled to 8.
+
+    Raises:
+        BadImageError: if it is none of `FORMATS`, has more pixels than allowed, is cut short or damaged.
     """
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
     try:
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item)
-        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as file:
+        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS) as file:
+            _check_pixels(*file.size)
             file.load()
-            image = ImageOps.exif_transpose(file)
+            return _to_8_bits(ImageOps.exif_transpose(file))
     except UnidentifiedImageError as error:
-        raise BadImageError("not an image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(str(error)) from error
-    return _to_8_bits(image)
+        raise BadImageError("not an image" + ("; it is empty" if _is_empty(item) else "")) from error
+    except (OSError, *MALFORMED) as error:
+        raise BadImageError(str(error) or type(error).__name__) from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    limit = int(os.environ.get("VITRAIL_MAX_PIXELS") or MAX_PIXELS)
+    if width * height > limit:
+        raise BadImageError(
+            f"{width}×{height} is {width * height / 1e6:.1f} million pixels, at most {limit / 1e6:g} are read; "
+            "VITRAIL_MAX_PIXELS sets another limit"
+        )
+
+
+def _is_empty(item: Path | bytes) -> bool:
+    return not (item if isinstance(item, bytes) else item.stat().st_size)
 
 
 def open_picture(image: str | Path | Image.Image) -> Image.Image:

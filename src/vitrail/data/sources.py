@@ -1,27 +1,30 @@
 """The sources: `digits`, `cifar10`, a folder of images by class, a folder of Hugging Face parquet."""
 
-import hashlib
 import json
 import os
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vitrail.data.cifar import find_cifar10, read_archive
+from vitrail.data.decode import FORMATS
 from vitrail.data.records import Records, check_splits, labels_of
-from vitrail.errors import VitrailError
+from vitrail.errors import Listener, VitrailError
 
-CIFAR10_HUB = "https://huggingface.co/{kind}datasets/uoft-cs/cifar10/{verb}/main/plain_text"
+IMAGE_COLUMNS = ("img", "image")
+# More than this is not read into memory.
+MAX_PARQUET_BYTES = 16 * 2**30
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 
-def read_source(source: str) -> dict[str, Records]:
+def read_source(source: str, listener: Listener) -> dict[str, Records]:
     """The splits of a source by name: `train`, and `val` and `test` where it has them.
 
     Args:
         source: `digits`, `cifar10`, or a path to a folder of images or of parquet files.
+        listener: told of a download.
 
     Raises:
         VitrailError: if there is no such source, or it cannot train a classifier.
@@ -29,7 +32,8 @@ def read_source(source: str) -> dict[str, Records]:
     if source == "digits":
         splits = _read_digits()
     elif source == "cifar10":
-        splits = _read_cifar10()
+        found = find_cifar10(cache_dir() / "cifar10", listener)
+        splits = _read_parquet(found) if found.is_dir() else read_archive(found)
     elif not Path(source).is_dir():
         raise VitrailError(f"no data source '{source}'; give digits, cifar10, or the path of an existing folder")
     elif any(Path(source).glob("*.parquet")):
@@ -61,7 +65,7 @@ def _read_folder(folder: Path) -> dict[str, Records]:
     split_dirs = {SPLIT_NAMES[d.name]: d for d in sorted(folder.iterdir()) if d.is_dir() and d.name in SPLIT_NAMES}
     if "train" not in split_dirs:
         split_dirs = {"train": folder}
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     files = {
         split: {d.name: _image_files(d, suffixes) for d in sorted(root.iterdir()) if _is_visible_dir(d)}
         for split, root in split_dirs.items()
@@ -101,70 +105,56 @@ def _read_parquet_split(files: list[Path]) -> Records:
     import pyarrow.parquet as pq
 
     try:
+        for file in files:
+            _check_parquet(file, pq.ParquetFile(file))
         table = pa.concat_tables(pq.read_table(file) for file in files)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise VitrailError(f"cannot read {files[0].parent}/*.parquet: {error}") from error
-    image_column = next((c for c in ("img", "image") if c in table.column_names), None)
-    if image_column is None or "label" not in table.column_names:
-        raise VitrailError(f"{files[0]} needs the columns img (or image) and label; it has {table.column_names}")
-    metadata: dict[bytes, bytes] = table.schema.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    class_names = features.get("label", {}).get("names")
-    if not class_names:
-        raise VitrailError(f"{files[0]} names no classes; expected a ClassLabel in its huggingface metadata")
-    items: list[bytes] = table.column(image_column).combine_chunks().field("bytes").to_pylist()
-    labels = labels_of(table.column("label"))
+    class_names = _parquet_class_names(files[0], table.schema.metadata or {})
+    image_column = next(c for c in IMAGE_COLUMNS if c in table.column_names)
+    items: list[bytes | None] = table.column(image_column).combine_chunks().field("bytes").to_pylist()
+    if None in (numbers := table.column("label").to_pylist()):
+        raise VitrailError(f"{files[0]} has rows without a label; every image needs one")
+    labels = labels_of(numbers)
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise VitrailError(f"{files[0]} has labels {labels.min()} to {labels.max()} but {len(class_names)} class names")
     names = [f"{files[0].parent}/{files[0].name.split('-')[0]} row {i}" for i in range(len(items))]
-    return Records([item or b"" for item in items], names, labels, tuple(class_names))
+    return Records([item or b"" for item in items], names, labels, class_names)
 
 
-def _read_cifar10() -> dict[str, Records]:
-    """CIFAR-10 from the cache, else from its home, else the parquet copy on the Hugging Face hub."""
-    folder = cache_dir() / "cifar10"
-    parquet = folder / "hub"
-    if any(parquet.glob("test-*.parquet")):
-        return _read_parquet(parquet)
-    from torchvision.datasets import CIFAR10
+def _check_parquet(file: Path, opened: Any) -> None:
+    """Raise VitrailError, before any column is read, unless they are there, of their types, and fit in memory."""
+    import pyarrow as pa
 
+    kinds = {field.name: field.type for field in opened.schema_arrow}
+    image_column = next((c for c in IMAGE_COLUMNS if c in kinds), None)
+    if image_column is None or "label" not in kinds:
+        raise VitrailError(f"{file} needs the columns img (or image) and label; it has {list(kinds)}")
+    image = kinds[image_column]
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0 or not _is_binary(image.field("bytes").type):
+        raise VitrailError(f"{file} has {image_column} as {image}; expected a struct with binary bytes")
+    if not pa.types.is_integer(kinds["label"]):
+        raise VitrailError(f"{file} has label as {kinds['label']}; expected whole numbers")
+    groups = range(opened.metadata.num_row_groups)
+    size = sum(opened.metadata.row_group(i).total_byte_size for i in groups)
+    if size > MAX_PARQUET_BYTES:
+        raise VitrailError(f"{file} unpacks to {size / 2**30:.0f} GiB; at most {MAX_PARQUET_BYTES // 2**30} are read")
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _parquet_class_names(file: Path, metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+    """The names in the `ClassLabel` of the hub's metadata. Raises VitrailError if they are not there."""
     try:
-        sets = {
-            "train": CIFAR10(str(folder), train=True, download=True),
-            "test": CIFAR10(str(folder), False, None, None, True),
-        }
-    except (OSError, RuntimeError) as first:  # torchvision raises RuntimeError where the MD5 differs
-        try:
-            _download_hub_copy(parquet)
-        except (OSError, ValueError) as second:
-            raise VitrailError(
-                f"cifar10 is not in {folder} and cannot be downloaded: tried cs.toronto.edu ({first}) and "
-                f"huggingface.co ({second}); pass --data FOLDER with the images or parquet files instead"
-            ) from second
-        return _read_parquet(parquet)
-    return {
-        split: Records(
-            list(data.data),
-            [f"cifar10 {split}[{i}]" for i in range(len(data.data))],
-            labels_of(data.targets),
-            tuple(data.classes),
-        )
-        for split, data in sets.items()
-    }
-
-
-def _download_hub_copy(folder: Path) -> None:
-    """Fetch the two parquet files, each checked against the SHA-256 that the hub lists for it."""
-    with urllib.request.urlopen(CIFAR10_HUB.format(kind="api/", verb="tree"), timeout=30) as response:
-        listing = {Path(entry["path"]).name: entry["lfs"]["oid"] for entry in json.load(response) if "lfs" in entry}
-    folder.mkdir(parents=True, exist_ok=True)
-    # The test file comes last: its presence means that the copy is whole.
-    for name, sha256 in sorted(listing.items(), reverse=True):
-        url = f"{CIFAR10_HUB.format(kind='', verb='resolve')}/{name}"
-        with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"{name} arrived damaged")
-        partial = folder / f"{name}.part"
-        partial.write_bytes(content)
-        partial.rename(folder / name)
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise VitrailError(f"{file} names no classes; expected a ClassLabel in its huggingface metadata")
+    if len(set(names)) < len(names):
+        raise VitrailError(f"{file} gives two classes one name among {names[:5]}; names must differ")
+    return tuple(names)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitrail import figures
+from vitrail.errors import printable
 from vitrail.figures import BLUE, ORANGE, Array, cut, overlay, to_picture, to_svg
 from vitrail.report import charts, sentences
 from vitrail.report.findings import Case, Findings, Sight
@@ -20,7 +21,11 @@ from vitrail.words import Words
 PICTURE_PX = 128
 MAX_TABLE_CLASSES = 20
 MAX_SHOWN_CLASSES = 200
-esc = html.escape
+
+
+def esc(text: str) -> str:
+    """Text as it may stand in a page."""
+    return html.escape(printable(text))
 
 
 def write_page(found: Findings, words: Words, numbers: str) -> str:
