@@ -78,7 +78,7 @@ def test_pickle_canary_in_the_place_of_weights(trained: Run, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text((trained.folder / "config.json").read_text())
     for content in (pickle.dumps(Canary(canary)), (hostile_files(tmp_path / "hostile", canary)[-1]).read_bytes()):
         (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(VitrailError, match="cannot read .*model.safetensors"):
+        with pytest.raises(VitrailError, match=r"cannot read .*model\.safetensors"):
             load_run(tmp_path).load_model()
     assert not canary.exists()
 
@@ -95,7 +95,7 @@ def test_no_pickle_is_read_or_written_by_the_source() -> None:
     assert cifar == {"pickle"}
     refusal = found.pop("checkpoint.py")  # which names torch.load in the line that it tells people
     assert refusal <= {"pickle", "torch.load("}
-    assert {name: words - {"pickle"} for name, words in found.items()} == dict.fromkeys(found, set())
+    assert {word for words in found.values() for word in words} <= {"pickle"}  # in a comment: "no pickle"
     assert all("import pickle" not in (ROOT / "src/vitrail" / name).read_text() for name in found)
 
 
@@ -111,10 +111,8 @@ def mutate(sound: bytes, draw: random.Random) -> bytes:
     if kind == 1:
         return sound[: draw.randrange(len(sound))]
     if kind == 2:
-        return (
-            draw.choice([0, 1, header_size + draw.randrange(-9, 9), 2**31, 2**63, 2**64 - 1]).to_bytes(8, "little")
-            + sound[8:]
-        )
+        size = draw.choice([0, 1, header_size + draw.randrange(-9, 9), 2**31, 2**63, 2**64 - 1])
+        return size.to_bytes(8, "little") + sound[8:]
     header: dict[str, Any] = json.loads(sound[8 : 8 + header_size])
     name = draw.choice([name for name in header if name != "__metadata__"])
     if kind == 3:
@@ -135,9 +133,10 @@ def mutate(sound: bytes, draw: random.Random) -> bytes:
     return len(packed).to_bytes(8, "little") + packed + sound[8 + header_size :]
 
 
+@pytest.mark.slow
 def test_safetensors_fuzz(trained: Run, tmp_path: Path) -> None:
     """1,000 mutations: each is a model of the right shapes or a clean error, soon and in little memory."""
-    sound, draw, refused = trained.weights.read_bytes(), random.Random(0), 0
+    sound, draw, refusals = trained.weights.read_bytes(), random.Random(0), list[str]()
     (tmp_path / "config.json").write_text((trained.folder / "config.json").read_text())
     shapes = {name: tensor.shape for name, tensor in load_file(trained.weights).items()}
     memory, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -147,11 +146,10 @@ def test_safetensors_fuzz(trained: Run, tmp_path: Path) -> None:
             model = load_run(tmp_path).load_model()
             assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
         except VitrailError as error:
-            assert "model.safetensors" in str(error)
-            assert len(str(error)) < 1000
-            refused += 1
-    assert refused > 500
-    assert time.monotonic() - began < 120
+            refusals.append(str(error))
+    assert len(refusals) > 500
+    assert all("model.safetensors" in said and len(said) < 1000 for said in refusals)
+    assert time.monotonic() - began < 240
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # KiB
 
 

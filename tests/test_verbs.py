@@ -43,7 +43,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_ece_with_confidences_of_zero_and_one() -> None:
-    """By hand, in bins of 1/15: sure of the right class, sure of a wrong one, the right one's own being 0, in between."""
+    """By hand, in bins of 1/15: sure and right, sure and wrong (the right class being given 0), and in between."""
     sure, halfway = [1.0, 0.0, 0.0], [0.5, 0.45, 0.05]
     logits = logits_of([sure, sure, sure, halfway, halfway])  # the logarithm of 0 is minus infinity
     metrics = compute_metrics(logits, torch.tensor([0, 0, 1, 0, 2]), ("a", "b", "c"))

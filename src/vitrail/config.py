@@ -323,5 +323,7 @@ def _convert(kind: Any, value: Any) -> Any:
         _require(value in kind.__args__, f"{value!r} is none of {', '.join(map(repr, kind.__args__))}")
         return value
     accepted = (int, float) if kind is float else kind
-    _require(isinstance(value, accepted), f"{value!r} is not a {kind.__name__}")
+    # To Python a bool is a whole number too.
+    fits = isinstance(value, accepted) and (kind is bool) == isinstance(value, bool)
+    _require(fits, f"{value!r} is not a {kind.__name__}")
     return value
