@@ -181,7 +181,7 @@ def load_run(model: str | Path) -> Run:
         )
     try:
         config = from_dict(ResolvedConfig, json.loads(config_file.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise VitrailError(f"{config_file} is not valid JSON: {error}") from error
     return Run(folder, config, weights)
 
