@@ -180,10 +180,10 @@ def load_run(model: str | Path) -> Run:
             f"or a model that ships ({', '.join(list_bundled())})"
         )
     try:
-        config = from_dict(ResolvedConfig, json.loads(config_file.read_text()))
+        values = json.loads(config_file.read_text())
     except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise VitrailError(f"{config_file} is not valid JSON: {error}") from error
-    return Run(folder, config, weights)
+    return Run(folder, from_dict(ResolvedConfig, values), weights)
 
 
 def list_bundled() -> list[str]:
