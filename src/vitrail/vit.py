@@ -72,7 +72,7 @@ class RelPosBias(nn.Module):
         table = torch.zeros(num_heads, span, span)
         if start == "neighbour":
             offset = torch.arange(span) - (grid_size - 1)
-            order = torch.randperm(len(NEIGHBOUR_OFFSETS)).tolist()
+            order = torch.randperm(len(NEIGHBOUR_OFFSETS), device="cpu").tolist()
             for head in range(num_heads):
                 dy, dx = NEIGHBOUR_OFFSETS[order[head % len(order)]]
                 table[head] = -((offset - dy)[:, None] ** 2 + (offset - dx) ** 2)
