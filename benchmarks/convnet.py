@@ -51,10 +51,10 @@ class ConvNet(nn.Module):
 
 
 def build_convnet(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> ConvNet:
-    """In the place of `build_vit`; all that the config says of a ViT has no meaning here."""
+    """In the place of `build_model`; all that the config says of a ViT has no meaning here."""
     return ConvNet(num_channels, num_classes)
 
 
 if __name__ == "__main__":
-    with mock.patch("vitrail.learner.build_vit", build_convnet), mock.patch("vitrail.run.build_vit", build_convnet):
+    with mock.patch("vitrail.learner.build_model", build_convnet), mock.patch("vitrail.run.build_model", build_convnet):
         sys.exit(main())

@@ -239,7 +239,7 @@ def test_a_batch_norms_running_figures_are_the_mean_of_the_replicas(
         head = nn.Linear(num_channels * image_size**2, num_classes)
         return nn.Sequential(nn.BatchNorm2d(num_channels), nn.Flatten(), head)
 
-    monkeypatch.setattr("vitrail.learner.build_vit", build)
+    monkeypatch.setattr("vitrail.learner.build_model", build)
     plain, adamw = AugmentConfig(crop_padding=0, flip=False), OptimConfig(optimizer="adamw")
     learner, batch = learner_of(trained, threads=2, augment=plain, optim=adamw)
     parts = [normalize(half, trained.config.preprocessing) for half in batch.images.chunk(2)]

@@ -30,10 +30,15 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1."""
+    """The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1, or a ResNet beside it."""
 
+    arch: Literal["vit", "resnet"] = "vit"
+    """Vision Transformer, or ResNet (arXiv 1512.03385), of which the fields that begin with `resnet` tell."""
     patch_size: int = 4
     """Side of the square patches, in pixels (P)."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes tokens of pixels: one linear layer on each patch (the paper), or a few 3×3 convolutions of stride 2
+    (arXiv 2106.14881)."""
     embed_dim: int = 128
     """Width of every token (D)."""
     depth: int = 6
@@ -54,17 +59,38 @@ class ModelConfig:
     init: Literal["paper", "zero_residual"] = "paper"
     """How the weights begin: as timm starts them, or with residual branches that add nothing and queries that
     ask for nothing at first."""
+    resnet_depth: int = 2
+    """Residual blocks in each of the ResNet's four stages."""
+    resnet_width: int = 64
+    """Channels of the ResNet's first stage; each later one has twice as many."""
+    match: Literal["none", "vit", "vit-parameters"] = "none"
+    """Choose the ResNet's depth and width so that it trains with as many operations, or has as many parameters, as
+    the ViT that the other fields describe, within 5%."""
+
+    @property
+    def batch_norm(self) -> bool:
+        """Whether the model has batch norms, which look at all images of a forward pass together."""
+        return self.arch == "resnet" or self.stem == "conv"
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "embed_dim", "depth", "num_heads"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; give a whole number of at least 1")
-        _require(self.embed_dim <= MAX_WIDTH, f"embed_dim is {self.embed_dim}; give at most {MAX_WIDTH}")
-        _require(self.depth <= MAX_DEPTH, f"depth is {self.depth}; give at most {MAX_DEPTH}")
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "resnet_depth", "resnet_width"):
+            value, most = getattr(self, name), MAX_DEPTH if name.endswith("depth") else MAX_WIDTH
+            _require(1 <= value <= most, f"{name} is {value}; give a whole number from 1 to {most}")
         _require(
             self.embed_dim % self.num_heads == 0,
             f"{self.num_heads} heads do not divide the width {self.embed_dim}; "
             "change --model.num-heads or --model.embed-dim",
+        )
+        resnet, patch = self.arch == "resnet", self.patch_size
+        _require(
+            resnet or self.match == "none", f"match is {self.match}; give --model.arch resnet too, or leave it out"
+        )
+        _require(
+            not resnet or self.stem == "patch", "stem is conv, which a ResNet has not; leave it out, or give arch vit"
+        )
+        _require(
+            self.stem == "patch" or patch & (patch - 1) == 0,
+            f"patch_size is {patch}; stem conv halves the image step by step, so give a power of two",
         )
         _require(0 < self.mlp_ratio <= 100, f"mlp_ratio is {self.mlp_ratio}; give a number above 0, at most 100")
         for name in ("drop_rate", "drop_path_rate"):

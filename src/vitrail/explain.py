@@ -7,7 +7,7 @@ Shapes are written with L blocks, B images, H heads, T tokens, of which the mode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from PIL import Image
@@ -69,7 +69,7 @@ class ExplainedPicture:
 
 
 def explain(
-    model: VisionTransformer,
+    model: nn.Module,
     images: Tensor,
     labels: Tensor | None = None,
     fusion: Fusion = "mean",
@@ -85,7 +85,7 @@ def explain(
     Raises:
         VitrailError: if the model has no attention or is not finite, or the images do not fit it.
     """
-    check_model(model)
+    model = check_model(model)
     side = model.grid_size * model.patch_embed.patch_size
     if images.shape[-2:] != (side, side):
         height, width = images.shape[-2:]
@@ -155,8 +155,8 @@ def _read_patches(model: VisionTransformer, weights: Tensor) -> Tensor:
     return row.unflatten(-1, (model.grid_size, model.grid_size))
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise VitrailError if the model has no attention to show, or weights that are not finite."""
+def check_model(model: nn.Module) -> VisionTransformer:
+    """The model, as one that can be traced. Raises VitrailError if it has no attention to show, or weights that are not finite."""
     if not has_attention(model):
         raise VitrailError(
             f"{type(model).__name__} has no attention to show; evaluate and predict take it, and report "
@@ -165,9 +165,10 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise VitrailError(f"the weights {name} hold NaN or infinity; a map of these is no map: train again")
+    return model
 
 
-def has_attention(model: nn.Module) -> bool:
+def has_attention(model: nn.Module) -> TypeGuard[VisionTransformer]:
     """Whether the model is a transformer that can be traced."""
     return hasattr(model, "trace_blocks")
 

@@ -16,9 +16,9 @@ from vitrail.augment import Augment
 from vitrail.batch import Batch
 from vitrail.config import ResolvedConfig
 from vitrail.distributed import World, gather, replicate, shard, sharing_gradients, spread
+from vitrail.model import build_model
 from vitrail.optim import WeightAverage, build_optimizers, set_lr
 from vitrail.schedule import image_side, lr_factor
-from vitrail.vit import build_vit
 
 # More replicas than this were never measured; the threads beyond them go to the replicas' own operations.
 MAX_REPLICAS = 4
@@ -45,7 +45,7 @@ class Learner:
         self._config, self._num_steps = config.optim, config.num_steps
         self._image_size, self._patch_size = pre.image_size, config.model.patch_size
         self._seed, self._device = config.seed, torch.device(config.device)
-        self._build = partial(build_vit, config.model, pre.image_size, pre.num_channels, len(config.classes))
+        self._build = partial(build_model, config.model, pre.image_size, pre.num_channels, len(config.classes))
         torch.manual_seed(config.seed)
         self.model = self._build().to(self._device).train()
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.checkpoint import (
     find_damage,
@@ -35,7 +35,7 @@ from vitrail.checkpoint import (
 )
 from vitrail.config import ResolvedConfig, from_dict, to_dict
 from vitrail.errors import VitrailError
-from vitrail.vit import VisionTransformer, build_vit
+from vitrail.model import build_model
 
 # Runs that ship with the package; a name there is a model's name everywhere.
 BUNDLED = Path(__file__).parent / "models"
@@ -91,7 +91,7 @@ class Run:
             partial.rename(final)
             sync(self.folder)
 
-    def load_model(self) -> VisionTransformer:
+    def load_model(self) -> nn.Module:
         """The trained model, on the CPU, in fp32 and ready to evaluate.
 
         Raises:
@@ -109,7 +109,7 @@ class Run:
             prefix = "ema." if any(k.startswith("ema.") for k in state) else "model."
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         pre = self.config.preprocessing
-        build = partial(build_vit, self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
+        build = partial(build_model, self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
         head = state.get("head.weight")
         if head is not None and len(head) != len(self.config.classes):
             raise VitrailError(
