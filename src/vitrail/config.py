@@ -48,7 +48,10 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     """Hidden width of the MLP over the width of a token."""
     pool: Literal["cls", "mean"] = "cls"
-    """What the head reads: the class token (the paper), or the mean of the patch tokens."""
+    """What a linear head reads: the class token (the paper), or the mean of the patch tokens."""
+    head: Literal["linear", "label-query"] = "linear"
+    """What answers: one linear layer (the paper), or a learned query for each class that looks at the patches for
+    itself, and so has a map of its own. The latter does not use `pool`."""
     drop_rate: float = 0.0
     """Dropout after the position embedding, the attention's projection and the MLP's layers."""
     drop_path_rate: float = 0.0
@@ -87,6 +90,10 @@ class ModelConfig:
         )
         _require(
             not resnet or self.stem == "patch", "stem is conv, which a ResNet has not; leave it out, or give arch vit"
+        )
+        _require(
+            not resnet or self.head == "linear",
+            "head is label-query, which attends over tokens, and a ResNet has none; leave it out, or give arch vit",
         )
         _require(
             self.stem == "patch" or patch & (patch - 1) == 0,

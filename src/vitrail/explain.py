@@ -1,7 +1,7 @@
-"""Where a model looks in one picture: attention, rollout, and relevance for a class.
+"""Where a model looks in one picture: attention, rollout, relevance for a class, and a label query's evidence.
 
-Shapes are written with L blocks, B images, H heads, T tokens, of which the model's first
-`num_prefix_tokens` stand for no place, and G·G patches. Maps go row by row from the top left.
+Shapes are written with L blocks, B images, K classes, H heads, T tokens, of which the model's first
+`num_prefix_tokens` stand for no place, and N = G·G patches. Maps go row by row from the top left.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeGuard, get_args
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,12 +18,14 @@ from vitrail.batch import normalize
 from vitrail.config import Preprocessing
 from vitrail.data import open_picture, to_pixels
 from vitrail.errors import VitrailError
+from vitrail.label_query import LabelQuery
 from vitrail.run import Run
 from vitrail.vit import VisionTransformer
 
-Method = Literal["attention", "rollout", "relevance"]
+Method = Literal["attention", "rollout", "relevance", "evidence"]
 Fusion = Literal["mean", "max", "min"]
-METHODS: tuple[Method, ...] = get_args(Method)
+# What every transformer has a map by; evidence is for those with label queries.
+METHODS: tuple[Method, ...] = get_args(Method)[:3]
 # All maps of a batch of images together stay below this, whatever the model and the data.
 MAX_MAP_BYTES = 64 * 2**20
 
@@ -34,12 +37,35 @@ class Explanation:
     `logits` [B, K]. `labels` int64 [B]: the class each relevance map speaks for. `attention`
     [L, B, H, G, G]: how much of its look the token that the head reads gives each patch; what is
     missing to a sum of one went to prefix tokens. `maps`: for each method, [B, G, G], 0 or more.
+    `evidence` [B, K, G, G]: how much of its look each label's query gives each patch, the mean of its heads,
+    summing to one; None without label queries. With them, the head reads many tokens, as `labels` looks at them.
     """
 
     logits: Tensor
     labels: Tensor
     attention: Tensor
     maps: dict[Method, Tensor]
+    evidence: Tensor | None = None
+
+    def rivals(self) -> tuple[int, int]:
+        """The first image's class that is explained, and the likeliest of the others."""
+        label = int(self.labels[0])
+        others = self.logits[0].clone()
+        others[label] = -torch.inf
+        return label, int(others.argmax())
+
+    def choose(self, method: Method) -> Tensor:
+        """The first image's map [G, G] by one method.
+
+        Raises:
+            VitrailError: if the model has no such map.
+        """
+        if method not in self.maps:
+            raise VitrailError(
+                f"this model has no {method} for each label, only one trained with --model.head label-query has; "
+                "give another --method, such as relevance"
+            )
+        return self.maps[method][0]
 
     def pick(self, layer: int, head: int | None = None) -> Tensor:
         """The first image's attention [G, G] in block `layer`, counted from 1, of one head or the mean of all.
@@ -78,7 +104,7 @@ def explain(
     """Trace normalised images [B, C, S, S] and explain each by every method, from one pass forward and one back.
 
     Args:
-        labels: int64 [B], the classes relevance is asked for; by default those predicted.
+        labels: int64 [B], the classes relevance and evidence are asked for; by default those predicted.
         fusion: how rollout makes one map of a block's heads.
         discard_ratio: the share, 0 to below 1, of each row's smallest looks at patches that rollout drops.
 
@@ -86,26 +112,38 @@ def explain(
         VitrailError: if the model has no attention or is not finite, or the images do not fit it.
     """
     model = check_model(model)
+    _check_fit(model, images, discard_ratio)
+    with torch.enable_grad():
+        logits, attention, looks = model.trace_labels(images)
+        labels = logits.argmax(1) if labels is None else labels.to(logits.device)
+        inputs = attention if looks is None else [*attention, looks]
+        gradients = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), inputs)
+    with torch.no_grad():
+        attention = [weights.detach() for weights in attention]
+        relevant = relevance(attention, gradients[: len(attention)])
+        reading, speaking = _read_tokens(model, looks, gradients[-1], labels)
+        blocks = torch.stack([_read_patches(model, weights, reading) for weights in attention])
+        maps: dict[Method, Tensor] = {
+            "attention": blocks[-1].mean(1),
+            "rollout": _read_patches(
+                model, rollout(attention, fusion, discard_ratio, model.num_prefix_tokens), reading
+            ),
+            "relevance": _read_patches(model, relevant if looks is None else level(relevant), speaking),
+        }
+        if looks is not None:
+            looks = looks.mean(2).unflatten(-1, (model.grid_size, model.grid_size)).cpu()
+            maps["evidence"] = looks[torch.arange(len(labels)), labels.cpu()]
+        maps = {method: found.cpu() for method, found in maps.items()}
+        return Explanation(logits.detach().cpu(), labels.cpu(), blocks.cpu(), maps, looks)
+
+
+def _check_fit(model: VisionTransformer, images: Tensor, discard_ratio: float) -> None:
     side = model.grid_size * model.patch_embed.patch_size
     if images.shape[-2:] != (side, side):
         height, width = images.shape[-2:]
         raise VitrailError(f"images of {width}×{height} pixels, the model reads {side}×{side}; resize them to that")
     if not 0 <= discard_ratio < 1:
         raise VitrailError(f"discard ratio is {discard_ratio}; give a share of at least 0 and below 1")
-    with torch.enable_grad():
-        logits, attention = model.trace_blocks(images)
-        labels = logits.argmax(1) if labels is None else labels
-        gradients = torch.autograd.grad(logits.gather(1, labels[:, None].to(logits.device)).sum(), attention)
-    with torch.no_grad():
-        attention = [weights.detach() for weights in attention]
-        looks = torch.stack([_read_patches(model, weights) for weights in attention])
-        rolled = rollout(attention, fusion, discard_ratio, model.num_prefix_tokens)
-        maps: dict[Method, Tensor] = {
-            "attention": looks[-1].mean(1),
-            "rollout": _read_patches(model, rolled),
-            "relevance": _read_patches(model, relevance(attention, gradients)),
-        }
-        return Explanation(logits.detach().cpu(), labels.cpu(), looks.cpu(), {k: v.cpu() for k, v in maps.items()})
 
 
 def rollout(
@@ -137,7 +175,8 @@ def relevance(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 
     A look counts as far as more of it would raise the logit: R ← R + mean over heads of max(0, ∇A ⊙ A) · R.
 
-    Source: Chefer, Gur & Wolf 2021 (arXiv 2103.15679), equations 5 and 6.
+    Source: Chefer, Gur & Wolf 2021 (arXiv 2103.15679), equations 5 and 6. A label query's own look, weighted in the
+    same way, is multiplied by this after `level` (equation 10; labels do not look at each other).
     """
     result = torch.eye(attention[0].shape[-1], dtype=attention[0].dtype, device=attention[0].device)
     for weights, gradient in zip(attention, gradients, strict=True):
@@ -145,14 +184,43 @@ def relevance(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     return result
 
 
-def _read_patches(model: VisionTransformer, weights: Tensor) -> Tensor:
-    """What the head's input draws from each patch: [..., T, T] to [..., G, G].
+def level(relevance: Tensor) -> Tensor:
+    """Bring what each token has taken from all, beside itself, to a sum of one: [B, T, T] to the same.
 
-    That is the class token's row, or with pooling by the mean the mean of the patches' rows.
+    Without this a label's look would count for more where tokens have mixed much, whatever they tell.
+
+    Source: Chefer et al. 2021, equations 8 and 9; a token that took nothing stays as it is.
+    """
+    itself = torch.eye(relevance.shape[-1], dtype=relevance.dtype, device=relevance.device)
+    taken = relevance - itself
+    return itself + taken / taken.sum(-1, keepdim=True).clamp_min(torch.finfo(taken.dtype).tiny)
+
+
+def _read_tokens(
+    model: VisionTransformer, looks: Tensor | None, gradient: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How much the head reads of each token, and how much of that speaks for the label: twice [B, T].
+
+    A label query reads as it looks [B, K, H, N], the mean of its heads, and what speaks is max(0, ∇A ⊙ A), of which
+    `gradient` is ∇A. Without, both are the class token alone, or all patches alike.
     """
     first = model.num_prefix_tokens
-    row = weights[..., 0, first:] if model.pool == "cls" else weights[..., first:, first:].mean(-2)
-    return row.unflatten(-1, (model.grid_size, model.grid_size))
+    if looks is not None:
+        own = torch.arange(len(labels), device=labels.device), labels
+        speaking = (looks * gradient).clamp_min(0)
+        return F.pad(looks[own].mean(1), (first, 0)), F.pad(speaking[own].mean(1), (first, 0))
+    reading = gradient.new_zeros(gradient.shape[0], gradient.shape[-1])
+    if model.pool == "cls":
+        reading[:, 0] = 1
+    else:
+        reading[:, first:] = 1 / (reading.shape[1] - first)
+    return reading, reading
+
+
+def _read_patches(model: VisionTransformer, weights: Tensor, reading: Tensor) -> Tensor:
+    """What the head draws from each patch through tokens [B, …, T, T], reading so much of each [B, T]: [B, …, G, G]."""
+    drawn = torch.einsum("bt,b...tn->b...n", reading, weights)[..., model.num_prefix_tokens :]
+    return drawn.unflatten(-1, (model.grid_size, model.grid_size))
 
 
 def check_model(model: nn.Module) -> VisionTransformer:
@@ -179,8 +247,10 @@ def map_batches(
     """uint8 images [N, C, S, S] as normalised batches, each with its place, small enough to keep their attention."""
     parameter = next(model.parameters())
     num_tokens = model.num_prefix_tokens + model.grid_size**2
-    image_bytes = len(model.blocks) * model.num_heads * num_tokens**2 * parameter.element_size()
-    size = max(1, MAX_MAP_BYTES // image_bytes)
+    num_looks = len(model.blocks) * num_tokens**2
+    if isinstance(model.head, LabelQuery):
+        num_looks += len(model.head.queries) * num_tokens
+    size = max(1, MAX_MAP_BYTES // (num_looks * model.num_heads * parameter.element_size()))
     for start in range(0, len(images), size):
         place = slice(start, min(start + size, len(images)))
         yield place, normalize(images[place].to(parameter.device), preprocessing).to(parameter.dtype)
@@ -196,7 +266,7 @@ def explain_picture(
     """Explain one picture to a run's model, brought to its size as in training.
 
     Args:
-        label: the class relevance is asked for; by default the one predicted.
+        label: the class relevance and evidence are asked for; by default the one predicted.
 
     Raises:
         VitrailError: if it is no picture, there is no such class, or the model cannot be explained.

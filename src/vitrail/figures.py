@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.explain import ExplainedPicture
+from vitrail.explain import METHODS, ExplainedPicture, Method
 from vitrail.words import Words
 
 P = ParamSpec("P")
@@ -139,16 +139,16 @@ def show_heads(axes: Axes, tiles: Sequence[Sequence[Array]], words: Words, **opt
 @styled
 def draw_explanation(found: ExplainedPicture, words: Words) -> Figure:
     """The picture, its map by each method, and below them every head of every block."""
-    explanation, label = found.explanation, found.classes[int(found.explanation.labels[0])]
-    num_blocks, _, num_heads = explanation.attention.shape[:3]
+    num_blocks, _, num_heads = found.explanation.attention.shape[:3]
     tall = min(14.0, 7.0 * num_blocks / num_heads)
-    figure = Figure(figsize=(7.6, 2.2 + tall), dpi=130, layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(2.2, tall))
+    shown = map_tiles(found, words)
+    rows, columns = (1, 4) if len(shown) == 4 else (2, 3)
+    high = 2.2 if rows == 1 else 5.2
+    figure = Figure(figsize=(7.6, high + tall), dpi=130, layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(high, tall))
     top, bottom = parts
-    panels = top.subplots(1, 1 + len(explanation.maps))
-    show(panels[0], to_picture(found.pixels), top_guess(found, words))
-    for axes, (method, maps) in zip(panels[1:], explanation.maps.items(), strict=True):
-        show(axes, overlay(found.pixels, maps[0]), words(f"maps.{method}", label=label))
+    for axes, (picture, title) in zip(top.subplots(rows, columns).flat, shown, strict=True):
+        show(axes, picture, title)
     show_heads(bottom.subplots(), head_tiles(found), words)
     return figure
 
@@ -165,13 +165,12 @@ def draw_map(found: ExplainedPicture, weights: Tensor, title: str, words: Words)
 
 @styled
 def draw_methods(found: ExplainedPicture, words: Words) -> Figure:
-    """One picture and its map by each method, two by two."""
-    figure = Figure(figsize=(4.2, 4.6), layout="constrained")
-    first, *others = figure.subplots(2, 2).flat
-    show(first, to_picture(found.pixels), top_guess(found, words))
-    for axes, (method, maps) in zip(others, found.explanation.maps.items(), strict=True):
-        title = words(f"maps.{method}", label=found.classes[int(found.explanation.labels[0])])
-        show(axes, overlay(found.pixels, maps[0]), title)
+    """One picture and its map by each method, two by two, or by threes."""
+    shown = map_tiles(found, words)
+    columns = len(shown) // 2
+    figure = Figure(figsize=(2.1 * columns, 4.6), layout="constrained")
+    for axes, (picture, title) in zip(figure.subplots(2, columns).flat, shown, strict=True):
+        show(axes, picture, title)
     return figure
 
 
@@ -182,6 +181,25 @@ def draw_heads(found: ExplainedPicture, words: Words) -> Figure:
     figure = Figure(figsize=(5.2, 0.5 + 4.8 * num_blocks / num_heads), dpi=130, layout="constrained")
     show_heads(figure.subplots(), head_tiles(found), words)
     return figure
+
+
+def map_tiles(found: ExplainedPicture, words: Words) -> list[tuple[Array, str]]:
+    """The picture and its map by each method, with titles: four, or six with the evidence for two labels."""
+    explanation = found.explanation
+    label, rival = explanation.rivals()
+    tiles = [(to_picture(found.pixels), top_guess(found, words))]
+    if explanation.evidence is not None:
+        for k in (label, rival):
+            tiles.append((overlay(found.pixels, explanation.evidence[0, k]), map_title(found, "evidence", k, words)))
+    for method in METHODS:
+        tiles.append((overlay(found.pixels, explanation.maps[method][0]), map_title(found, method, label, words)))
+    return tiles
+
+
+def map_title(found: ExplainedPicture, method: Method, label: int, words: Words) -> str:
+    """What a map is called, with the class it speaks for and the probability that the model gives it."""
+    probability = found.explanation.logits[0].softmax(0)[label].item()
+    return words(f"maps.{method}", label=found.classes[label], probability=probability)
 
 
 def head_tiles(found: ExplainedPicture) -> list[list[Array]]:

@@ -68,10 +68,11 @@ class ExplainFlags:
     """A picture file of any size, mode and orientation."""
     out: Path | None = None
     """The figure, .png, .svg or .pdf, with its numbers beside it as .json; by default IMAGE-explained.png here."""
-    method: Literal["all", "attention", "rollout", "relevance"] = "all"
-    """All in one figure, or one map: attention of the last block, attention rollout, relevance for a class."""
+    method: Literal["all", "attention", "rollout", "relevance", "evidence"] = "all"
+    """All in one figure, or one map: attention of the last block, attention rollout, relevance for a class, or where
+    a class's own query looks (only with --model.head label-query)."""
     label: str | None = None
-    """The class that relevance speaks for; by default the one predicted."""
+    """The class that relevance and evidence speak for; by default the one predicted."""
     layer: int | None = None
     """Show the attention of this block alone, counted from 1."""
     head: int | None = None

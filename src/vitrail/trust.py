@@ -9,6 +9,7 @@ of by pixel; what is hidden is the mean colour of the training images, in both.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vitrail.config import Preprocessing
 from vitrail.errors import Event, Listener, ignore_events
-from vitrail.explain import METHODS, check_model, explain, map_batches
+from vitrail.explain import check_model, explain, map_batches
 from vitrail.vit import VisionTransformer, patchify, unpatchify
 
 NUM_STEPS = 10
@@ -101,7 +102,7 @@ def measure_trust(
     check_model(model)
     generator = torch.Generator().manual_seed(seed)
     shares = torch.linspace(0, 1, NUM_STEPS + 1)
-    found = {name: torch.zeros(2, 2, len(images), len(shares)) for name in (*METHODS, RANDOM)}
+    found: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, 2, len(images), len(shares)))
     for place, batch in map_batches(model, images, preprocessing):
         explanation = explain(model, batch)
         random = torch.rand(explanation.maps["rollout"].shape, generator=generator)

@@ -192,7 +192,7 @@ def _explain(arguments: list[str]) -> None:
     side = run.config.preprocessing.image_size
     if found.size != (side, side):
         say(f"the picture of {found.size[0]}×{found.size[1]} pixels was brought to {side}×{side}, its middle square")
-    from vitrail.figures import draw_explanation, draw_map, save_figure, to_values
+    from vitrail.figures import draw_explanation, draw_map, map_title, save_figure, to_values
     from vitrail.words import Words
 
     words, explanation = Words(), found.explanation
@@ -200,8 +200,8 @@ def _explain(arguments: list[str]) -> None:
         title = words("maps.one_head" if flags.head else "maps.one_block", layer=flags.layer, head=flags.head)
         figure = draw_map(found, explanation.pick(flags.layer, flags.head), title, words)
     elif flags.method != "all":
-        title = words(f"maps.{flags.method}", label=found.classes[int(explanation.labels[0])])
-        figure = draw_map(found, explanation.maps[flags.method][0], title, words)
+        title = map_title(found, flags.method, int(explanation.labels[0]), words)
+        figure = draw_map(found, explanation.choose(flags.method), title, words)
     else:
         figure = draw_explanation(found, words)
     out = flags.out or Path(f"{flags.image.stem}-explained.png")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrail.config import ModelConfig, check_patches
 from vitrail.errors import VitrailError
+from vitrail.label_query import LabelQuery
 
 NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
@@ -182,7 +183,7 @@ class VisionTransformer(nn.Module):
         rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([Block(config, grid_size, rate) for rate in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, num_classes) if config.head == "linear" else LabelQuery(config, num_classes)
         self._init_weights(config.init)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -199,11 +200,17 @@ class VisionTransformer(nn.Module):
     def trace_blocks(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `trace`, with each block's attention [B, H, T, T] as it stands in autograd's graph, so that
         one can ask for the logits' gradient on it."""
+        return self.trace_labels(images)[:2]
+
+    def trace_labels(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """As `trace_blocks`, and each label's look at the patches [B, K, H, N], in the graph too; None without
+        label queries."""
         x, attention = self.embed(images), list[Tensor]()
         for block in self.blocks:
             x, weights = block(x)
             attention.append(weights)
-        return self.classify(x), attention
+        logits, looks = self.read(x)
+        return logits, attention, looks
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, S, S] to tokens [B, T, D]: the class token first, then the patches (equation 1).
@@ -231,8 +238,15 @@ class VisionTransformer(nn.Module):
 
     def classify(self, x: Tensor) -> Tensor:
         """Encoded tokens [B, T, D] to logits [B, K] (equation 4)."""
+        return self.read(x)[0]
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `classify`, and each label's look at the patches [B, K, H, N], or None if the head is linear."""
         x = self.norm(x)
-        return self.head(x[:, 0] if self.pool == "cls" else x[:, self.num_prefix_tokens :].mean(dim=1))
+        patches = x[:, self.num_prefix_tokens :]
+        if isinstance(self.head, LabelQuery):
+            return self.head(patches)
+        return self.head(x[:, 0] if self.pool == "cls" else patches.mean(dim=1)), None
 
     @torch.no_grad()
     def _init_weights(self, init: str) -> None:
@@ -251,7 +265,7 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(module.bias)
             if init == "paper":
                 nn.init.trunc_normal_(module.weight, std=0.02)
-            elif name == "head" or (name.endswith((".proj", ".fc2")) and name.startswith("blocks")):
+            elif name in ("head", "head.classes") or (name.endswith((".proj", ".fc2")) and name.startswith("blocks")):
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.xavier_uniform_(module.weight)

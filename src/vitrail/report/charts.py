@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitrail.anatomy import AttentionReach, PatchFilters
-from vitrail.figures import BLUE, GREEN, MUTED, ORANGE, Array, mosaic, show, show_heads, styled
+from vitrail.figures import BLUE, GREEN, INK, MUTED, ORANGE, Array, mosaic, show, show_heads, styled
 from vitrail.metrics import wilson_interval
 from vitrail.trust import Sensitivity, Trust
 from vitrail.words import Words
 
-METHOD_COLOURS = {"attention": BLUE, "rollout": ORANGE, "relevance": GREEN, "random": MUTED}
+METHOD_COLOURS = {"attention": BLUE, "rollout": ORANGE, "relevance": GREEN, "evidence": INK, "random": MUTED}
 
 
 @styled

@@ -94,12 +94,18 @@ def _how(found: Findings, sight: Sight, words: Words) -> str:
         words("page.how_cut", side=side, patches=patches, patch=sight.patch_size),
         words("page.how_embed", width=model["embed_dim"]),
         words("page.how_attend", blocks=model["depth"], heads=model["num_heads"]),
-        words(f"page.how_{model['pool']}"),
+        words(f"page.how_{_reader(found)}"),
     )
     listed = "".join(f"<li>{_lead(step)}</li>" for step in steps)
     pictures = _image(to_picture(case.pixels), words("page.picture_alt", label=case.true, split=found.split))
     pictures += _image(cut(case.pixels, sight.patch_size), words("page.cut_alt", patches=patches))
     return f'<div class="how"><div class="pair">{pictures}</div><ol>{listed}</ol></div>'
+
+
+def _reader(found: Findings) -> str:
+    """What the answer is read by: a "query" for each class, or else the "cls" token or the "mean" of the patches."""
+    model = found.config["model"]
+    return "query" if model["head"] == "label-query" else model["pool"]
 
 
 def _lead(step: str) -> str:
@@ -194,8 +200,9 @@ def _inside(found: Findings, sight: Sight, words: Words) -> Iterable[str]:
     for kind in ("distance", "entropy"):
         yield _card(kind, charts.draw_reach(sight.reach, kind, words), told[kind], words)
     assert found.example.picture is not None
-    yield _card("maps", figures.draw_methods(found.example.picture, words), told["maps"], words)
-    read = "heads" if found.config["model"]["pool"] == "cls" else "heads_mean"
+    name = "maps_query" if _reader(found) == "query" else "maps"
+    yield _card(name, figures.draw_methods(found.example.picture, words), told["maps"], words)
+    read = {"cls": "heads", "mean": "heads_mean", "query": "heads_query"}[_reader(found)]
     yield _card("heads", figures.draw_heads(found.example.picture, words), told["heads"], words, read=read)
 
 
