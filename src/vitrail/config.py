@@ -160,10 +160,22 @@ class InputConfig:
     """Every batch holds the classes in equal share, repeating images of the rare ones."""
     skip_bad: bool = False
     """Leave out images that cannot be read, instead of refusing."""
+    train_fraction: float = 1.0
+    """Share of each class's training images to use, after val is cut. For one seed a smaller share is part of
+    every larger one, and val is looked at as often as with all of them."""
+    classes: tuple[str, ...] = ()
+    """Train and evaluate on these classes alone, numbered in the source's order; by default on all."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
             _require(self.image_size >= 1, f"image_size is {self.image_size}; give at least 1 pixel")
+        _require(
+            0 < self.train_fraction <= 1, f"train_fraction is {self.train_fraction}; give a share above 0, 1 at most"
+        )
+        _require(
+            not self.classes or len(set(self.classes)) == len(self.classes) >= 2,
+            f"classes are {', '.join(self.classes)}; give at least two, each once",
+        )
         _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
 
 
@@ -189,7 +201,7 @@ class RunConfig:
     data: str = "cifar10"
     """Where the images come from: digits, cifar10, or a folder of images by class or of parquet files."""
     budget: str = "10min"
-    """How long to train, as `20epochs`, `30min` or `90s`; the schedule ends where the budget ends."""
+    """How long to train, as `30min`, `90s`, `20epochs` or `800steps`; the schedule ends where the budget ends."""
     seed: int = 0
     """Fixes the validation split, the weights' start, the order of the images and their augmentation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -241,6 +253,11 @@ class ResolvedConfig(RunConfig):
     num_processes: int = 1
     """How many processes the run began with."""
 
+    @property
+    def images_per_val(self) -> int:
+        """Training images between two looks at val: a pass over all the data, be it many over the share in use."""
+        return round(self.epoch_images / self.input.train_fraction)
+
     def asked(self) -> RunConfig:
         """The part a person can ask for."""
         return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
@@ -248,20 +265,20 @@ class ResolvedConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Budget:
-    """A length of training: a number of passes over the data, or of seconds."""
+    """A length of training: a number of passes over the data, of steps, or of seconds."""
 
     amount: float
-    unit: Literal["epochs", "s"]
+    unit: Literal["epochs", "steps", "s"]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `20epochs`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|s|sec|min|h)\s*", text)
+        """Read `20epochs`, `800steps`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|s|sec|min|h)\s*", text)
         if match is None or float(match[1]) == 0:
             raise VitrailError(f"budget '{text}' is not understood; write for example 30min, 90s or 20epochs")
         amount, unit = float(match[1]), match[2]
-        if unit.startswith("epoch"):
-            return cls(amount, "epochs")
+        if unit[:4] in ("epoc", "step"):
+            return cls(amount, "epochs" if unit[0] == "e" else "steps")
         return cls(amount * {"s": 1, "sec": 1, "min": 60, "h": 3600}[unit], "s")
 
 

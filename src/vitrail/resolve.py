@@ -98,7 +98,7 @@ def plan_num_steps(
     """
     world = world or World()
     budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
-    if budget.unit == "epochs":
+    if budget.unit != "s":
         return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
     began = time.monotonic()
     optim, size, patch = config.optim, config.preprocessing.image_size, config.model.patch_size
@@ -117,7 +117,7 @@ def plan_num_steps(
     val_s = (time.monotonic() - start) * len(val_set) / len(part) / world.size
     left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
     # The first time also warms up, so it does not count.
-    num_steps = plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
+    num_steps = plan_steps(left, config.images_per_val, batch_size, statistics.median(times[1:]), val_s)
     return int(world.agree(num_steps))
 
 

@@ -181,7 +181,7 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, w
                 raise _lost(run, stream, progress.step)
             row = progress.figures(config) | {"lr": config.optim.lr * learner.lr_factor(progress.step - 1)}
             finished = progress.step == config.num_steps
-            pass_ended = finished or progress.step * batch_size % config.epoch_images < batch_size
+            pass_ended = finished or progress.step * batch_size % config.images_per_val < batch_size
             if pass_ended:
                 row |= _validate(learner, val_set, config, progress, world)
                 rows.append(row)
