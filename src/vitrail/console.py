@@ -13,6 +13,7 @@ from vitrail.errors import Event
 
 PLAIN_LINE_EVERY_S = 60
 SHOWN = {
+    "run": ("run", "{}"),
     "epoch": ("epoch", "{:.1f}"),
     "train_loss": ("loss", "{:.3f}"),
     "val_accuracy": ("val", "{:.1%}"),

@@ -10,6 +10,7 @@ checkpoints/        step_NNNNNNNN/: all it takes to go on (checkpoint.py)
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class Run:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest sound checkpoint's tensors and values, or None before the first."""
         return load_newest_checkpoint(self._checkpoints_folder)
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints of a finished run; its model stays."""
+        if self._checkpoints_folder.exists():
+            shutil.rmtree(self._checkpoints_folder)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the finished weights. Raises VitrailError if they cannot be written."""
