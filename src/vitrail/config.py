@@ -101,8 +101,12 @@ class OptimConfig:
     """Decay per step of the averaged weights that are evaluated and saved; 0 keeps the last ones."""
     label_smoothing: float = 0.1
     """Share of the label spread over all classes."""
+    layer_decay: float = 1.0
+    """A block's learning rates over those of the block after it; patches and positions come before the first
+    block, the head, after the last, has the full rate. For weights that already know something; 1 is off."""
 
     def __post_init__(self) -> None:
+        _require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
         _require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
         for name in ("lr", "muon_lr"):
@@ -220,6 +224,12 @@ class RunConfig:
     """A checkpoint at least this often, beside the one after each pass; 0 for none by the clock."""
     checkpoint_steps: int = 0
     """A checkpoint every so many steps; 0 for none by steps."""
+    init_from: str = ""
+    """Begin with the weights of another model: a run folder, a checkpoint in one or a model that ships; timm:NAME
+    from the hub (timm:vit_tiny_patch16_224); a .safetensors file in timm's names; a folder of timm's or of Hugging
+    Face's ViT; an .npz of Google's. Positions and patches are resampled, the head is new for other classes."""
+    freeze: Literal["none", "backbone"] = "none"
+    """What does not learn: backbone leaves everything but the head as it began."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -54,7 +54,9 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         if self._quiet:
             return
-        if self._console.is_terminal:
+        if event.text:
+            self._console.print(event.text, soft_wrap=True, markup=False, highlight=False)
+        elif self._console.is_terminal:
             self._move_bar(event)
         else:
             self._print_line(event)

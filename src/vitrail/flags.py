@@ -11,7 +11,7 @@ from vitrail.config import RunConfig
 
 @dataclass
 class TrainFlags:
-    """Train a Vision Transformer from nothing."""
+    """Train a Vision Transformer, from nothing or from weights that are there."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -21,7 +21,7 @@ class TrainFlags:
     quiet: bool = False
     """Show no progress."""
     json: bool = False
-    """Print one JSON object: the run folder and its last figures."""
+    """Print one JSON object: the run folder, its last figures, and what it began with if not from nothing."""
 
 
 @dataclass

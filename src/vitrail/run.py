@@ -2,6 +2,7 @@
 
 config.json         the resolved config: architecture, classes, preprocessing, budget, seed
 environment.json    versions, machine, command
+init.json           where its first weights came from, if from elsewhere, and what became of each
 metrics.jsonl       one line per pass
 model.safetensors   the finished weights, fp32
 checkpoints/        step_NNNNNNNN/: all it takes to go on (checkpoint.py)

@@ -56,7 +56,9 @@ def _train(arguments: list[str]) -> None:
         return
     last = run.read_metrics()[-1]
     if flags.json:
-        print(json.dumps({"run": str(run.folder), **last}))
+        init = run.folder / "init.json"
+        begun = {"init": json.loads(init.read_text())} if init.exists() else {}
+        print(json.dumps({"run": str(run.folder), **last, **begun}))
     else:
         print(f"{run.folder}: val accuracy {last['val_accuracy']:.1%} after {last['elapsed_s'] / 60:.1f} min")
         print(f"next: vitrail evaluate {run.folder}")
