@@ -22,7 +22,7 @@ from vitrail.data import ImageSet, load_training_data
 from vitrail.errors import Event, Listener, VitrailError
 from vitrail.resolve import SpeedProbe, choose_machine, count_training_flops, prepare_cpu, resolve
 
-MIN_ROUNDS, MAX_ROUNDS, PROBE_S = 5, 25, 20.0
+MIN_ROUNDS, MAX_ROUNDS, PROBE_S = 3, 25, 20.0
 # Enough for every size of the images to have its share.
 PROBED_STEPS = 1000
 COST_GRIDS = (4, 6, 8, 12)

@@ -37,25 +37,19 @@ class Plan:
         return (self.folder(cell) / "evaluation-test.json").exists()
 
     @property
-    def runs(self) -> list[Cell]:
-        """The cells, but one that stands for two only once."""
-        return list({cell.name: cell for cell in self.cells}.values())
-
-    @property
     def left(self) -> list[Cell]:
-        """The runs still to do."""
-        return [cell for cell in self.runs if not self.is_finished(cell)]
+        """The cells still to do."""
+        return [cell for cell in self.cells if not self.is_finished(cell)]
 
     def describe(self) -> list[str]:
         """The plan in words: runs, time, disk."""
-        runs, left = self.runs, self.left
-        lines = [f"{get_question(self.question).title}: {len(runs)} runs, {len(left)} to do"]
-        for arm in dict.fromkeys(cell.arm for cell in runs):
-            of_arm = [cell for cell in runs if cell.arm == arm]
+        lines = [f"{get_question(self.question).title}: {len(self.cells)} runs, {len(self.left)} to do"]
+        for arm in dict.fromkeys(cell.arm for cell in self.cells):
+            of_arm = [cell for cell in self.cells if cell.arm == arm]
             steps = _span([Budget.parse(cell.config.budget).amount for cell in of_arm], "{:.0f}")
             seconds = _span([self.seconds[cell.name] for cell in of_arm], "{:.0f}")
             lines.append(f"{ARMS[arm].label}: {len(of_arm)} runs of {steps} steps, {seconds} s each")
-        minutes = sum(self.seconds[cell.name] for cell in left) / 60
+        minutes = sum(self.seconds[cell.name] for cell in self.left) / 60
         lines.append(f"time: {minutes:.1f} min for what is to do, by the speed measured here")
         lines.append(f"disk: {self.disk_bytes / 1e6:.1f} MB in {self.out}")
         return lines
@@ -65,11 +59,11 @@ class Plan:
         left = self.left
         return {
             **self.measured.settings,
-            "runs": len(self.runs),
+            "runs": len(self.cells),
             "to_do": [cell.name for cell in left],
             "seconds": sum(self.seconds[cell.name] for cell in left),
             "disk_bytes": self.disk_bytes,
-            "budgets": {cell.name: cell.config.budget for cell in self.runs},
+            "budgets": {cell.name: cell.config.budget for cell in self.cells},
         }
 
 
@@ -91,45 +85,67 @@ def make_plan(
         VitrailError: for an unknown question or arm, data that will not do (a fraction that leaves a class empty), or
             an `out` that was begun with other settings.
     """
-    get_question(question)
+    get_question(question, arms)
     settings = {"question": question, "data": base.data, "preset": base.preset, "budget": base.budget}
     splits = split_records(base.data, base.input, 0)
+    sizes = {split: len(records.labels) for split, records in splits.items()}
     measured = begin_measurements(out, settings, base)
     base = replace(base, **measured.machine)
-    cells = lay_out_grid(question, base, arms, num_seeds, splits["train"].class_names)
+    grid = lay_out_grid(question, base, num_seeds, splits["train"].class_names)
+    cells = [cell for cell in grid if not arms or cell.arm in arms]
     for config in {cell.config.input: cell.config for cell in cells}.values():
         split_records(config.data, config.input, 0)
-    configs = [config for cell in cells for config in (cell.config, cell.paid_as) if config]
-    measured = measure(measured, base, configs, listener)
+    payers = [cell.config for cell in grid if cell.regime and cell.config.seed == 0]
+    measured = measure(measured, base, [cell.config for cell in cells] + payers, listener)
     measured.save(out)
-    sizes = {split: len(records.labels) for split, records in splits.items()}
-    cells = [_complete(cell, measured, sizes["train"], len(splits["train"].class_names), out) for cell in cells]
+    lengths = _Lengths(measured, payers, sizes["train"], len(splits["train"].class_names))
+    cells = [_complete(cell, lengths.count_steps(cell), out) for cell in cells]
     _check_begun(cells, out)
-    speeds = {cell.name: measured.speed_of(cell.config) for cell in cells}
-    spare = max(speed.checkpoint_bytes for speed in speeds.values()) * 3  # two are kept while a third is written
+    speeds = [measured.speed_of(cell.config) for cell in cells]
+    spare = 3 * max(speed.checkpoint_bytes for speed in speeds)  # two are kept while a third is written
     return Plan(
         question=question,
         out=out,
         cells=cells,
         seconds={cell.name: _expect_seconds(cell, measured, sizes) for cell in cells},
-        disk_bytes=spare + sum(speed.model_bytes + SMALL_FILES_BYTES for speed in speeds.values()),
+        disk_bytes=spare + sum(speed.model_bytes + SMALL_FILES_BYTES for speed in speeds),
         measured=measured,
     )
 
 
-def _complete(cell: Cell, measured: Measurements, num_train: int, num_classes: int, out: Path) -> Cell:
-    """The cell with its length in steps, and with the folder whose weights it begins with."""
-    config, payer = cell.config, measured.speed_of(cell.paid_as or cell.config)
-    budget = Budget.parse(config.budget)
-    budget = replace(budget, amount=cell.share * budget.amount)
-    num_images = num_train * (len(config.input.classes) or num_classes) / num_classes
-    if budget.unit == "epochs":
-        num_images *= config.input.train_fraction
-    num_steps = plan_steps(budget, round(num_images), config.optim.batch_size, payer.step_s, payer.val_s)
-    if cell.regime == "equal compute":
-        num_steps = max(1, round(num_steps * payer.step_flops / measured.speed_of(config).step_flops))
-    begins_with = {"init_from": str(_cells_folder(out) / cell.begins_with)} if cell.begins_with else {}
-    return replace(cell, config=replace(config, budget=f"{num_steps}steps", **begins_with))
+@dataclass(frozen=True)
+class _Lengths:
+    """Turns budgets into steps; `payers` are the configs that decide together where lengths are to be equal."""
+
+    measured: Measurements
+    payers: Sequence[RunConfig]
+    num_train: int
+    num_classes: int
+
+    def count_steps(self, cell: Cell) -> int:
+        """The steps of a cell."""
+        if not cell.regime:
+            return self._buy(cell.config, cell.share)
+        num_steps = min(self._buy(payer) for payer in self.payers)
+        if cell.regime == "equal epochs":
+            return num_steps
+        costliest = max(self.measured.speed_of(payer).step_flops for payer in self.payers)
+        return max(1, round(num_steps * costliest / self.measured.speed_of(cell.config).step_flops))
+
+    def _buy(self, config: RunConfig, share: float = 1.0) -> int:
+        """The steps that a share of the config's budget pays for."""
+        budget, speed = Budget.parse(config.budget), self.measured.speed_of(config)
+        num_images = self.num_train * (len(config.input.classes) or self.num_classes) / self.num_classes
+        if budget.unit == "epochs":
+            num_images *= config.input.train_fraction
+        budget = replace(budget, amount=share * budget.amount)
+        return plan_steps(budget, round(num_images), config.optim.batch_size, speed.step_s, speed.val_s)
+
+
+def _complete(cell: Cell, num_steps: int, out: Path) -> Cell:
+    """The cell with its length, and with the folder whose weights it begins with."""
+    begins_with = str(_cells_folder(out) / cell.begins_with) if cell.begins_with else ""
+    return replace(cell, config=replace(cell.config, budget=f"{num_steps}steps", init_from=begins_with))
 
 
 def _expect_seconds(cell: Cell, measured: Measurements, sizes: dict[str, int]) -> float:

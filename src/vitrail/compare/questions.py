@@ -63,9 +63,9 @@ class Cell:
 
     Args:
         x: what the question varies within an arm.
-        regime: how the length is found, where a question has two ways.
-        in_both: whether it is the same run in both.
-        paid_as: the config whose speed turns the budget into steps; this one's own if None.
+        regime: how the length is found where this cell's own speed does not decide: equal epochs, those that the
+            budget pays for in the slowest cell of the question; or equal compute, for all as many operations as the
+            costliest cell takes at equal epochs.
         begins_with: the name of the cell whose weights it starts from.
     """
 
@@ -74,16 +74,13 @@ class Cell:
     config: RunConfig
     share: float = 1.0
     kind: Literal["training", "pretraining"] = "training"
-    regime: str = ""
-    in_both: bool = False
-    paid_as: RunConfig | None = None
+    regime: Literal["", "equal epochs", "equal compute"] = ""
     begins_with: str = ""
 
     @property
     def name(self) -> str:
         """What its run folder is called."""
-        regime = "" if self.in_both else self.regime.replace(" ", "-")
-        words = (self.arm, str(self.x), regime, f"seed{self.config.seed}")
+        words = (self.arm, str(self.x), self.regime.replace(" ", "-"), f"seed{self.config.seed}")
         return "-".join(word for word in words if word)
 
 
@@ -94,8 +91,8 @@ class Question:
     Args:
         pairs: which arms are compared: the first minus the second.
         x_label: what x is called; `x_words` how a value of it is said.
-        lay_out: the cells of one arm and seed, from the arm's name, the recipe as the arm has it, the recipe as it
-            is, and the source's classes.
+        lay_out: the cells of one arm and seed, from the arm's name, the recipe as the arm has it and the source's
+            classes.
     """
 
     title: str
@@ -103,21 +100,21 @@ class Question:
     pairs: tuple[tuple[str, str], ...]
     x_label: str
     x_words: str
-    lay_out: Callable[[str, RunConfig, RunConfig, Sequence[str]], Iterator[Cell]]
+    lay_out: Callable[[str, RunConfig, Sequence[str]], Iterator[Cell]]
 
 
-def _vary_data(arm: str, config: RunConfig, base: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
+def _vary_data(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
     for fraction in FRACTIONS:
         yield Cell(arm, fraction, replace(config, input=replace(config.input, train_fraction=fraction)))
 
 
-def _vary_regularisation(arm: str, config: RunConfig, base: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
+def _vary_regularisation(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
     for level, groups in LEVELS.items():
         changed = {name: replace(getattr(config, name), **values) for name, values in groups.items()}
         yield Cell(arm, level, replace(config, **changed))
 
 
-def _vary_fine_tuning(arm: str, config: RunConfig, base: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
+def _vary_fine_tuning(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
     """Every second class to pretrain on, the others to fine-tune on: kinds that lie together fall on both sides."""
     before = replace(config, input=replace(config.input, classes=tuple(classes[::2])))
     after = replace(config, input=replace(config.input, classes=tuple(classes[1::2]), train_fraction=FEW))
@@ -131,13 +128,11 @@ def _vary_fine_tuning(arm: str, config: RunConfig, base: RunConfig, classes: Seq
         yield Cell(arm, share, after, share, begins_with=begins_with)
 
 
-def _vary_scale(arm: str, config: RunConfig, base: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
-    """Equal epochs: those that the budget pays the largest ViT; equal compute: that one's operations for every size."""
-    largest = replace(base, model=scale_model(base.model, SIZES[-1]))
+def _vary_scale(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
     for factor in SIZES:
         sized = replace(config, model=scale_model(config.model, factor))
         for regime in ("equal epochs", "equal compute"):
-            yield Cell(arm, sized.model.embed_dim, sized, regime=regime, in_both=sized == largest, paid_as=largest)
+            yield Cell(arm, sized.model.embed_dim, sized, regime=regime)
 
 
 def scale_model(model: ModelConfig, factor: float) -> ModelConfig:
@@ -190,39 +185,37 @@ QUESTIONS = {
 }
 
 
-def get_question(name: str) -> Question:
-    """The question called `name`. Raises VitrailError naming those there are."""
+def get_question(name: str, arms: Sequence[str] = ()) -> Question:
+    """The question called `name`, of which `arms` must be arms. Raises VitrailError naming those there are."""
     if name not in QUESTIONS:
         raise VitrailError(f"no question '{name}'; give one of {', '.join(QUESTIONS)}")
-    return QUESTIONS[name]
+    question = QUESTIONS[name]
+    for arm in arms:
+        if arm not in question.arms:
+            raise VitrailError(f"no arm '{arm}' in the question {name}; its arms are {', '.join(question.arms)}")
+    return question
 
 
-def lay_out_grid(name: str, base: RunConfig, arms: Sequence[str], num_seeds: int, classes: Sequence[str]) -> list[Cell]:
+def lay_out_grid(name: str, base: RunConfig, num_seeds: int, classes: Sequence[str]) -> list[Cell]:
     """Every cell of a question, seed after seed, so that a grid that is stopped early has whole seeds.
 
     Args:
         base: the recipe, with data and budget.
-        arms: some of the question's arms; all if empty.
         classes: the source's.
 
     Raises:
-        VitrailError: for an unknown question or arm, or too few seeds or classes.
+        VitrailError: for an unknown question, or too few seeds or classes.
     """
     question = get_question(name)
-    for arm in arms:
-        if arm not in question.arms:
-            raise VitrailError(f"no arm '{arm}' in the question {name}; its arms are {', '.join(question.arms)}")
     if num_seeds < 1:
         raise VitrailError(f"seeds is {num_seeds}; give at least 1, or 3 for an interval worth the name")
     if name == "transfer" and len(classes) < 4:
         raise VitrailError(f"transfer needs two classes to pretrain on and two others; {base.data} has {len(classes)}")
     cells: list[Cell] = []
     for seed in range(num_seeds):
-        seeded = replace(base, seed=seed)
         for arm in question.arms:
-            if not arms or arm in arms:
-                made = _scale_lr(replace(seeded, model=replace(seeded.model, **ARMS[arm].model)), ARMS[arm].lr)
-                cells += question.lay_out(arm, made, seeded, classes)
+            config = replace(base, seed=seed, model=replace(base.model, **ARMS[arm].model))
+            cells += question.lay_out(arm, _scale_lr(config, ARMS[arm].lr), classes)
     return cells
 
 

@@ -1,6 +1,7 @@
 """A comparison's runs, one after the other: each an ordinary run folder, trained, then shown its test split once."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -59,10 +60,14 @@ class _WholeGrid:
 
 def _finish(cell: Cell, folder: Path, listener: Listener) -> None:
     """Bring a run from where it stands to its end; what only its training needed is deleted then."""
-    if not (folder / "config.json").exists():
-        run = train(cell.config, folder, listener)
-    elif not (run := load_run(folder)).weights.exists():
-        run = resume(folder, listener)
+    run = load_run(folder) if (folder / "config.json").exists() else None
+    if run is not None and not run.weights.exists():
+        if run.checkpoints:
+            run = resume(folder, listener)
+        else:  # stopped before there was anything to go on from
+            shutil.rmtree(folder)
+            run = None
+    run = run or train(cell.config, folder, listener)
     save_evaluation(evaluate(run, split="test"), "test", folder)
     run.drop_checkpoints()
 
