@@ -83,6 +83,7 @@ def test_crossings_lie_straight_between_points_on_a_logarithmic_scale() -> None:
     assert find_crossings([0.01, 1], [50, 61], [52, 60]) == [pytest.approx(10 ** (-2 / 3))]
     assert find_crossings([0.1, 0.5, 1], [1, 2, 3], [2, 3, 4]) == []
     assert find_crossings([0.1, 0.5, 1], [1, 3, 3], [2, 3, 4]) == []  # touches and turns back
+    assert find_crossings([0.1, 0.5, 1], [3, 3, 3], [2, 3, 1]) == []
     assert len(find_crossings([1, 2, 4, 8], [0, 2, 0, 2], [1, 1, 1, 1])) == 3
 
 

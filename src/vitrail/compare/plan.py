@@ -19,14 +19,13 @@ SMALL_FILES_BYTES = 150_000
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a question in the order they run, and the seconds each is expected to take, by its name."""
+    """The cells of a question in the order they run; `sizes` are the numbers of images of the source's splits."""
 
     question: str
     out: Path
     cells: list[Cell]
-    seconds: dict[str, float]
-    disk_bytes: int
     measured: Measurements
+    sizes: dict[str, int]
 
     def folder(self, cell: Cell) -> Path:
         """The cell's run folder."""
@@ -41,15 +40,30 @@ class Plan:
         """The cells still to do."""
         return [cell for cell in self.cells if not self.is_finished(cell)]
 
+    def expect_seconds(self, cell: Cell) -> float:
+        """Training with its looks at val, the images read, and the test split at the pace of val."""
+        speed, num_steps = self.measured.speed_of(cell.config), Budget.parse(cell.config.budget).amount
+        num_vals = num_steps * cell.config.optim.batch_size / self.sizes["train"] + 1
+        evaluating = (num_vals + self.sizes["test"] / self.sizes["val"]) * speed.val_s
+        reading = self.measured.read_s * sum(self.sizes.values()) / (self.sizes["train"] + self.sizes["val"])
+        return num_steps * speed.step_s + evaluating + reading
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the finished runs leave, and the checkpoints of the one that runs: two, while a third is written."""
+        speeds = [self.measured.speed_of(cell.config) for cell in self.cells]
+        left = sum(speed.model_bytes + SMALL_FILES_BYTES for speed in speeds)
+        return left + 3 * max(speed.checkpoint_bytes for speed in speeds)
+
     def describe(self) -> list[str]:
         """The plan in words: runs, time, disk."""
         lines = [f"{get_question(self.question).title}: {len(self.cells)} runs, {len(self.left)} to do"]
         for arm in dict.fromkeys(cell.arm for cell in self.cells):
             of_arm = [cell for cell in self.cells if cell.arm == arm]
             steps = _span([Budget.parse(cell.config.budget).amount for cell in of_arm], "{:.0f}")
-            seconds = _span([self.seconds[cell.name] for cell in of_arm], "{:.0f}")
+            seconds = _span([self.expect_seconds(cell) for cell in of_arm], "{:.0f}")
             lines.append(f"{ARMS[arm].label}: {len(of_arm)} runs of {steps} steps, {seconds} s each")
-        minutes = sum(self.seconds[cell.name] for cell in self.left) / 60
+        minutes = sum(map(self.expect_seconds, self.left)) / 60
         lines.append(f"time: {minutes:.1f} min for what is to do, by the speed measured here")
         lines.append(f"disk: {self.disk_bytes / 1e6:.1f} MB in {self.out}")
         return lines
@@ -61,7 +75,7 @@ class Plan:
             **self.measured.settings,
             "runs": len(self.cells),
             "to_do": [cell.name for cell in left],
-            "seconds": sum(self.seconds[cell.name] for cell in left),
+            "seconds": sum(map(self.expect_seconds, left)),
             "disk_bytes": self.disk_bytes,
             "budgets": {cell.name: cell.config.budget for cell in self.cells},
         }
@@ -101,16 +115,7 @@ def make_plan(
     lengths = _Lengths(measured, payers, sizes["train"], len(splits["train"].class_names))
     cells = [_complete(cell, lengths.count_steps(cell), out) for cell in cells]
     _check_begun(cells, out)
-    speeds = [measured.speed_of(cell.config) for cell in cells]
-    spare = 3 * max(speed.checkpoint_bytes for speed in speeds)  # two are kept while a third is written
-    return Plan(
-        question=question,
-        out=out,
-        cells=cells,
-        seconds={cell.name: _expect_seconds(cell, measured, sizes) for cell in cells},
-        disk_bytes=spare + sum(speed.model_bytes + SMALL_FILES_BYTES for speed in speeds),
-        measured=measured,
-    )
+    return Plan(question, out, cells, measured, sizes)
 
 
 @dataclass(frozen=True)
@@ -135,26 +140,18 @@ class _Lengths:
     def _buy(self, config: RunConfig, share: float = 1.0) -> int:
         """The steps that a share of the config's budget pays for."""
         budget, speed = Budget.parse(config.budget), self.measured.speed_of(config)
-        num_images = self.num_train * (len(config.input.classes) or self.num_classes) / self.num_classes
-        if budget.unit == "epochs":
-            num_images *= config.input.train_fraction
+        num_images = self.num_train
+        if budget.unit == "epochs":  # else only how often val is looked at matters, which the share does not change
+            share_of_classes = (len(config.input.classes) or self.num_classes) / self.num_classes
+            num_images = round(num_images * share_of_classes * config.input.train_fraction)
         budget = replace(budget, amount=share * budget.amount)
-        return plan_steps(budget, round(num_images), config.optim.batch_size, speed.step_s, speed.val_s)
+        return plan_steps(budget, num_images, config.optim.batch_size, speed.step_s, speed.val_s)
 
 
 def _complete(cell: Cell, num_steps: int, out: Path) -> Cell:
     """The cell with its length, and with the folder whose weights it begins with."""
     begins_with = str(_cells_folder(out) / cell.begins_with) if cell.begins_with else ""
     return replace(cell, config=replace(cell.config, budget=f"{num_steps}steps", init_from=begins_with))
-
-
-def _expect_seconds(cell: Cell, measured: Measurements, sizes: dict[str, int]) -> float:
-    """Training with its looks at val, the images read, and the test split at the pace of val."""
-    speed, num_steps = measured.speed_of(cell.config), Budget.parse(cell.config.budget).amount
-    num_vals = num_steps * cell.config.optim.batch_size / sizes["train"] + 1
-    evaluating = (num_vals + sizes["test"] / sizes["val"]) * speed.val_s
-    reading = measured.read_s * (1 + sizes["test"] / (sizes["train"] + sizes["val"]))
-    return num_steps * speed.step_s + evaluating + reading
 
 
 def _check_begun(cells: Sequence[Cell], out: Path) -> None:

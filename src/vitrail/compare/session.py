@@ -27,9 +27,9 @@ def run_plan(plan: Plan, listener: Listener = ignore_events) -> dict[str, Any]:
         VitrailError: as `train` and `evaluate` do, or if the images changed between two runs.
     """
     left = plan.left
-    whole = _WholeGrid(listener, sum(plan.seconds[cell.name] for cell in left))
+    whole = _WholeGrid(listener, sum(map(plan.expect_seconds, left)))
     for number, cell in enumerate(left, 1):
-        whole.begin(f"{number} of {len(left)}, {cell.name}", plan.seconds[cell.name])
+        whole.begin(f"{number} of {len(left)}, {cell.name}", plan.expect_seconds(cell))
         _finish(cell, plan.folder(cell), whole)
         save_results(_collect(plan), plan.out)
     results = _collect(plan)
