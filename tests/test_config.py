@@ -41,7 +41,12 @@ runs = st.builds(
     model=models,
     optim=st.builds(OptimConfig, lr=st.floats(1e-6, 1), optimizer=st.sampled_from(["muon", "adamw"])),
     augment=st.builds(AugmentConfig, flip=st.booleans(), mixup=st.floats(0, 2)),
-    input=st.builds(InputConfig, image_size=st.none() | st.integers(1, 512)),
+    input=st.builds(
+        InputConfig,
+        image_size=st.none() | st.integers(1, 512),
+        train_fraction=st.floats(0.01, 1),
+        classes=st.sampled_from([(), ("cat", "dog")]),
+    ),
     classes=st.lists(st.text(max_size=5), min_size=2).map(tuple),
     preprocessing=st.just(Preprocessing(image_size=8, num_channels=1, mean=(0.5,), std=(0.25,))),
     **{n: st.integers(0, 10**9) for n in ("num_train", "num_val", "num_skipped", "epoch_images", "num_steps")},
@@ -79,6 +84,8 @@ def test_unknown_missing_and_misfitting_values_are_named() -> None:
         (lambda: AugmentConfig(erasing=1.5), "erasing is 1.5"),
         (lambda: InputConfig(val_fraction=0), "val_fraction is 0"),
         (lambda: InputConfig(image_size=0), "image_size is 0"),
+        (lambda: InputConfig(train_fraction=0), "train_fraction is 0; give a share above 0, 1 at most"),
+        (lambda: InputConfig(train_fraction=1.5), "train_fraction is 1.5"),
         (lambda: RunConfig(seed=-1), "seed is -1"),
         (lambda: RunConfig(budget="soon"), "budget 'soon' is not understood; write for example 30min"),
         (lambda: RunConfig(budget="0min"), "budget '0min'"),
@@ -102,6 +109,7 @@ def test_budgets() -> None:
     assert Budget.parse("1.5h") == Budget(5400, "s")
     assert Budget.parse("20epochs") == Budget.parse("20 epochs") == Budget(20, "epochs")
     assert Budget.parse("1epoch") == Budget(1, "epochs")
+    assert Budget.parse("800steps") == Budget.parse("800 steps") == Budget(800, "steps")
 
 
 @given(
@@ -143,6 +151,7 @@ def test_a_budget_in_seconds_is_kept_and_used(seconds: float, step_s: float, val
 
 def test_a_budget_in_epochs_is_rounded_up_to_whole_steps() -> None:
     assert plan_steps(Budget(2, "epochs"), 100, 30, 1.0, 1.0) == 7
+    assert plan_steps(Budget(5, "steps"), 100, 30, 1.0, 1.0) == 5
 
 
 def test_the_ground_floor_and_help_import_no_torch() -> None:

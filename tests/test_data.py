@@ -29,7 +29,7 @@ from vitrail.data import (
     split_records,
     to_pixels,
 )
-from vitrail.data.order import cut_split
+from vitrail.data.order import cut_split, take_fraction
 from vitrail.errors import VitrailError, ignore_events
 
 
@@ -262,6 +262,67 @@ def test_test_is_the_same_for_every_seed_and_val_is_not() -> None:
     a, b = (split_records("digits", InputConfig(), seed) for seed in (0, 1))
     assert a["test"].names == b["test"].names
     assert a["val"].names != b["val"].names
+
+
+@given(
+    counts=st.lists(st.integers(1, 80), min_size=2, max_size=5),
+    shares=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+)
+def test_a_smaller_share_is_part_of_a_larger_one(counts: list[int], shares: tuple[float, float]) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    small, large = (take_fraction(labels, share, seed=3) for share in sorted(shares))
+    assert set(small) <= set(large)
+    assert large.tolist() == sorted(set(large))
+    for label, count in enumerate(counts):
+        assert (labels[large] == label).sum() == int(max(shares) * count + 1e-9)
+
+
+def test_shares_that_floats_do_not_hit_are_still_rounded_as_written() -> None:
+    labels = np.repeat([0, 1], 100)
+    for percent in range(1, 101):
+        assert len(take_fraction(labels, percent / 100, 0)) == 2 * percent
+
+
+def test_a_share_of_train_leaves_val_and_test_as_they_are() -> None:
+    whole, part = (split_records("digits", InputConfig(train_fraction=share), 0) for share in (1.0, 0.25))
+    for split in ("val", "test"):
+        assert part[split].names == whole[split].names
+    assert set(part["train"].names) < set(whole["train"].names)
+    counts = [np.bincount(splits["train"].labels) for splits in (part, whole)]
+    assert counts[0].tolist() == [count // 4 for count in counts[1]]
+    other_seed = split_records("digits", InputConfig(train_fraction=0.25), 1)
+    assert set(other_seed["train"].names) != set(part["train"].names)
+
+
+def test_a_share_that_leaves_a_class_empty_is_refused(colour_folder: Path) -> None:
+    for i in (2, 3, 4, 5):
+        (colour_folder / "train" / "green" / f"{i}.png").unlink()
+    message = r"train_fraction 0\.1 leaves class 'green' with its 7 training images without one; .*-fraction 0\.143 or"
+    with pytest.raises(VitrailError, match=message):
+        load(colour_folder, train_fraction=0.1)
+    assert len(load(colour_folder, train_fraction=0.143)[0]) == 3
+
+
+def test_some_of_the_classes_keep_the_sources_order(colour_folder: Path) -> None:
+    train, val, _ = load(colour_folder, classes=("red", "blue"))
+    whole, whole_val, _ = load(colour_folder)
+    assert train.class_names == val.class_names == ("blue", "red")
+    for part, of_all in ((train, whole), (val, whole_val)):
+        chosen = of_all.labels != 1
+        assert torch.equal(part.images, of_all.images[chosen])
+        assert torch.equal(part.labels, of_all.labels[chosen] // 2)
+
+
+def test_classes_that_are_not_there_are_refused(colour_folder: Path) -> None:
+    with pytest.raises(VitrailError, match="has no class 'violet'; its classes are blue, green, red"):
+        load(colour_folder, classes=("red", "violet"))
+    for file in (colour_folder / "test").glob("[!g]*/*"):
+        file.unlink()
+    with pytest.raises(VitrailError, match="the test split has no image of red, blue"):
+        load(colour_folder, classes=("red", "blue"))
+    for classes in (("red",), ("red", "red")):
+        with pytest.raises(VitrailError, match=f"classes are {', '.join(classes)}; give at least two, each once"):
+            InputConfig(classes=classes)
 
 
 @settings(deadline=None)

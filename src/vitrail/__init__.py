@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitrail.compare import compare
     from vitrail.config import RunConfig
     from vitrail.evaluate import evaluate
     from vitrail.explain import explain, explain_picture
@@ -30,6 +31,7 @@ __all__ = [
     "VisionTransformer",
     "build_from_timm",
     "build_vit",
+    "compare",
     "evaluate",
     "explain",
     "explain_picture",
@@ -47,6 +49,7 @@ _HOMES = {
     "VisionTransformer": "vit",
     "build_from_timm": "pretrained",
     "build_vit": "vit",
+    "compare": "compare",
     "evaluate": "evaluate",
     "explain": "explain",
     "explain_picture": "explain",

@@ -18,6 +18,8 @@ vitrail: Vision Transformers for small images, from scratch, that one can see th
   vitrail explain  MODEL IMAGE [--out FIG.png]            where each head looks; rollout; the evidence for a class
   vitrail report   MODEL [--out REPORT.html]              one page: curves, errors, the paper's figures, trust
   vitrail bench    [--minutes 5]                          this machine's speed, beside other libraries and its limit
+  vitrail compare  QUESTION --data SOURCE --out DIR       what is said of ViTs, measured: data, regularisation,
+                                                          transfer, scale, against a ResNet of the same size
   vitrail verify-resume RUN                               whether a killed and resumed run of this kind is exact here
 
 PRESET is one of {presets}. SOURCE is digits, cifar10, a folder of images

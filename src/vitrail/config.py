@@ -139,8 +139,12 @@ class OptimConfig:
     """Decay per step of the averaged weights that are evaluated and saved; 0 keeps the last ones."""
     label_smoothing: float = 0.1
     """Share of the label spread over all classes."""
+    layer_decay: float = 1.0
+    """A block's learning rates over those of the block after it; patches and positions come before the first
+    block, the head, after the last, has the full rate. For weights that already know something; 1 is off."""
 
     def __post_init__(self) -> None:
+        _require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
         _require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
         for name in ("lr", "muon_lr"):
@@ -198,11 +202,23 @@ class InputConfig:
     """Every batch holds the classes in equal share, repeating images of the rare ones."""
     skip_bad: bool = False
     """Leave out images that cannot be read, instead of refusing."""
+    train_fraction: float = 1.0
+    """Share of each class's training images to use, after val is cut. For one seed a smaller share is part of
+    every larger one, and val is looked at as often as with all of them."""
+    classes: tuple[str, ...] = ()
+    """Train and evaluate on these classes alone, numbered in the source's order; by default on all."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
             side = self.image_size
             _require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
+        _require(
+            0 < self.train_fraction <= 1, f"train_fraction is {self.train_fraction}; give a share above 0, 1 at most"
+        )
+        _require(
+            not self.classes or len(set(self.classes)) == len(self.classes) >= 2,
+            f"classes are {', '.join(self.classes)}; give at least two, each once",
+        )
         _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
 
 
@@ -238,7 +254,7 @@ class RunConfig:
     data: str = "cifar10"
     """Where the images come from: digits, cifar10, or a folder of images by class or of parquet files."""
     budget: str = "10min"
-    """How long to train, as `20epochs`, `30min` or `90s`; the schedule ends where the budget ends."""
+    """How long to train, as `30min`, `90s`, `20epochs` or `800steps`; the schedule ends where the budget ends."""
     seed: int = 0
     """Fixes the validation split, the weights' start, the order of the images and their augmentation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -257,6 +273,12 @@ class RunConfig:
     """A checkpoint at least this often, beside the one after each pass; 0 for none by the clock."""
     checkpoint_steps: int = 0
     """A checkpoint every so many steps; 0 for none by steps."""
+    init_from: str = ""
+    """Begin with the weights of another model: a run folder, a checkpoint in one or a model that ships; timm:NAME
+    from the hub (timm:vit_tiny_patch16_224); a .safetensors file in timm's names; a folder of timm's or of Hugging
+    Face's ViT; an .npz of Google's. Positions and patches are resampled, the head is new for other classes."""
+    freeze: Literal["none", "backbone"] = "none"
+    """What does not learn: backbone leaves everything but the head as it began."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -290,6 +312,11 @@ class ResolvedConfig(RunConfig):
     num_processes: int = 1
     """How many processes the run began with."""
 
+    @property
+    def images_per_val(self) -> int:
+        """Training images between two looks at val: a pass over all the data, be it many over the share in use."""
+        return round(self.epoch_images / self.input.train_fraction)
+
     def asked(self) -> RunConfig:
         """The part a person can ask for."""
         return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
@@ -297,20 +324,20 @@ class ResolvedConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Budget:
-    """A length of training: a number of passes over the data, or of seconds."""
+    """A length of training: a number of passes over the data, of steps, or of seconds."""
 
     amount: float
-    unit: Literal["epochs", "s"]
+    unit: Literal["epochs", "steps", "s"]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `20epochs`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|s|sec|min|h)\s*", text)
+        """Read `20epochs`, `800steps`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|s|sec|min|h)\s*", text)
         if match is None or float(match[1]) == 0:
             raise VitrailError(f"budget '{text}' is not understood; write for example 30min, 90s or 20epochs")
         amount, unit = float(match[1]), match[2]
-        if unit.startswith("epoch"):
-            return cls(amount, "epochs")
+        if unit[:4] in ("epoc", "step"):
+            return cls(amount, "epochs" if unit[0] == "e" else "steps")
         return cls(amount * {"s": 1, "sec": 1, "min": 60, "h": 3600}[unit], "s")
 
 

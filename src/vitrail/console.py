@@ -13,6 +13,7 @@ from vitrail.errors import Event
 
 PLAIN_LINE_EVERY_S = 60
 SHOWN = {
+    "run": ("run", "{}"),
     "epoch": ("epoch", "{:.1f}"),
     "train_loss": ("loss", "{:.3f}"),
     "val_accuracy": ("val", "{:.1%}"),
@@ -53,7 +54,9 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         if self._quiet:
             return
-        if self._console.is_terminal:
+        if event.text:
+            self._console.print(event.text, soft_wrap=True, markup=False, highlight=False)
+        elif self._console.is_terminal:
             self._move_bar(event)
         else:
             self._print_line(event)

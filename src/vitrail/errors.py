@@ -29,6 +29,7 @@ class Event:
     """`done` of `total` units of `task` are finished; `fields` are figures worth showing beside it.
 
     `milestone` marks the events that plain logs keep (one an epoch, say); the others only move a bar.
+    `text` is something to be told once, in lines, beside all bars.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Event:
     total: int
     fields: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
     milestone: bool = False
+    text: str = ""
 
 
 def printable(text: str) -> str:

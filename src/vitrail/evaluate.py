@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.batch import normalize
+from vitrail.checkpoint import write_text
 from vitrail.config import Preprocessing
 from vitrail.data import ImageSet, load_split
 from vitrail.distributed import World, join_world
@@ -86,7 +87,7 @@ def save_evaluation(metrics: Metrics, split: str, folder: Path) -> tuple[Path, P
     figures, picture = folder / f"evaluation-{split}.json", folder / f"confusion-{split}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps({"split": split, **asdict(metrics)}, indent=1))
+        write_text(figures, json.dumps({"split": split, **asdict(metrics)}, indent=1))
         _draw_confusion(metrics).savefig(picture)
     except OSError as error:
         raise VitrailError(f"cannot write to {folder}: {error.strerror}; give another --out") from error

@@ -11,7 +11,7 @@ from vitrail.config import RunConfig
 
 @dataclass
 class TrainFlags:
-    """Train a Vision Transformer from nothing."""
+    """Train a Vision Transformer, from nothing or from weights that are there."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -21,7 +21,7 @@ class TrainFlags:
     quiet: bool = False
     """Show no progress."""
     json: bool = False
-    """Print one JSON object: the run folder and its last figures."""
+    """Print one JSON object: the run folder, its last figures, and what it began with if not from nothing."""
 
 
 @dataclass
@@ -133,5 +133,35 @@ class VerifyResumeFlags:
     """Draws the moments."""
     json: bool = False
     """Print one JSON object."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclass
+class CompareFlags:
+    """Measure what is said of Vision Transformers: a grid of trainings, with means, intervals and a picture.
+
+    Stop it at any moment and give the same command again: what is finished is kept, and it goes on from there.
+    """
+
+    question: tyro.conf.Positional[str]
+    """data, regularisation, transfer or scale."""
+    data: str
+    """Where the images come from: digits, cifar10, or a folder of images by class or of parquet files."""
+    out: Path
+    """Folder for the runs, results.json, the tables and the picture; one for each question."""
+    budget: str = "1min"
+    """Training of one run, as `2min`, `90s`, `20epochs` or `800steps`; time is turned into steps once, before the
+    first run."""
+    seeds: int = 3
+    """Runs of each cell, with the seeds 0, 1, 2…; an interval needs two at least."""
+    preset: str = "quick"
+    """The recipe that all arms share but for what makes them an arm."""
+    arms: str = ""
+    """Some of the question's arms, as `vit,resnet`; by default all."""
+    plan: bool = False
+    """Print how many runs, how long and how much disk, and stop there."""
+    json: bool = False
+    """Print one JSON object: what results.json holds."""
     quiet: bool = False
     """Show no progress."""

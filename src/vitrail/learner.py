@@ -17,7 +17,7 @@ from vitrail.batch import Batch
 from vitrail.config import ResolvedConfig
 from vitrail.distributed import World, gather, replicate, shard, sharing_gradients, spread
 from vitrail.model import build_model
-from vitrail.optim import WeightAverage, build_optimizers, set_lr
+from vitrail.optim import WeightAverage, build_optimizers, in_head, set_lr
 from vitrail.schedule import image_side, lr_factor
 
 # More replicas than this were never measured; the threads beyond them go to the replicas' own operations.
@@ -48,6 +48,8 @@ class Learner:
         self._build = partial(build_model, config.model, pre.image_size, pre.num_channels, len(config.classes))
         torch.manual_seed(config.seed)
         self.model = self._build().to(self._device).train()
+        if config.freeze == "backbone":
+            _freeze_backbone(self.model)
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._forwards = self._begin_replicas(config)
         num_replicas = len(self._forwards)
@@ -167,7 +169,8 @@ class Learner:
             self.model.parameters(), *(r.parameters() for r in self._replicas), strict=True
         ):
             gradients = [working.grad for working in workings if working.grad is not None]
-            parameter.grad = torch.stack(gradients).sum(0, dtype=torch.float32)
+            if gradients:  # what is frozen has none
+                parameter.grad = torch.stack(gradients).sum(0, dtype=torch.float32)
             for working in workings:
                 working.grad = None
 
@@ -198,23 +201,42 @@ class Learner:
             tensors |= {f"optim.{name}.{slot}": gather(value) for slot, value in slots.items()}
         return tensors
 
+    @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these in the place of the weights drawn at random, whole and by name; the others stay as they are."""
+        state = self.model.state_dict()
+        for name, tensor in weights.items():
+            state[name].copy_(spread(tensor, like=state[name]))
+        if self._average is not None:
+            for value, parameter in zip(self._average.values, self.model.parameters(), strict=True):
+                value.copy_(parameter)
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, be it of another number of processes."""
-        for name, kept in self.model.state_dict().items():
-            kept.copy_(spread(tensors[f"model.{name}"], like=kept))
+        self.begin_with({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         if self._average is not None:
             for (name, _), value in zip(self.model.named_parameters(), self._average.values, strict=True):
                 value.copy_(spread(tensors[f"ema.{name}"], like=value))
             self._average.num_averaged.copy_(tensors["num_averaged"])
-        for (name, parameter), slots in zip(self.model.named_parameters(), self._slots().values(), strict=True):
+        parameters = dict(self.model.named_parameters())
+        for name, slots in self._slots().items():
             for slot, value in _under(f"optim.{name}.", tensors).items():
                 # A count of steps is one number, everything else has the parameter's shape.
-                slots[slot] = spread(value, like=parameter) if value.ndim else value
+                slots[slot] = spread(value, like=parameters[name]) if value.ndim else value
 
     def _slots(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizers keep for each parameter, by its name, in the model's order."""
+        """What the optimizers keep for each parameter that learns, by its name, in the model's order."""
         owners = {parameter: o for o in self._optimizers for group in o.param_groups for parameter in group["params"]}
-        return {name: owners[parameter].state[parameter] for name, parameter in self.model.named_parameters()}
+        learning = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter in owners)
+        return {name: owners[parameter].state[parameter] for name, parameter in learning}
+
+
+def _freeze_backbone(model: nn.Module) -> None:
+    """Let nothing learn but the head; the rest works as in evaluation, so that what it measures stays too."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(in_head(name))
+    for name, part in model.named_children():
+        part.train(in_head(f"{name}."))
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,7 @@
 """What moves the weights: the optimizers, their learning rates, and the average of the path."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor, nn
 
 from vitrail.config import OptimConfig
 from vitrail.distributed import gather, spread
+
+
+def in_head(name: str) -> bool:
+    """Whether a tensor of a model's is of its head, which knows the classes: all else is the backbone."""
+    return name.startswith(("head.", "fc."))
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -22,6 +28,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     rest: list[nn.Parameter] = []
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if id(parameter) not in weights:
             rest.append(parameter)
         elif "blocks." in name:
@@ -29,6 +37,23 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
         else:
             matrices.append(parameter)
     return hidden, matrices, rest
+
+
+def lr_shares(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """The share of the learning rate for each parameter: `layer_decay` to the power of the layers after its own.
+
+    Layer 0 embeds, layer i is block i counted from 1, and one more holds the last norm and the head.
+
+    Source: BEiT (arXiv 2106.08254), `optim_factory.py`; timm's `param_groups_layer_decay` agrees.
+    """
+    blocks = {name: re.match(r"blocks\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    last = 1 + max((int(block[1]) + 1 for block in blocks.values() if block), default=0)
+    shares: dict[nn.Parameter, float] = {}
+    for name, parameter in model.named_parameters():
+        block = blocks[name]
+        layer = int(block[1]) + 1 if block else last if in_head(name) or name.startswith("norm.") else 0
+        shares[parameter] = layer_decay ** (last - layer)
+    return shares
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
@@ -56,17 +81,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Move every matrix that has a gradient."""
+        same: dict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]] = {}
         for group in self.param_groups:
-            same: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    same.setdefault(parameter.flatten(1).shape, []).append(parameter)
-            for (rows, columns), matrices in same.items():
-                directions = orthogonalize(torch.stack([self._momentum(m, group["momentum"]) for m in matrices]))
+                    same.setdefault(parameter.flatten(1).shape, []).append((parameter, group))
+        for (rows, columns), matrices in same.items():
+            directions = orthogonalize(torch.stack([self._momentum(m, group["momentum"]) for m, group in matrices]))
+            for (matrix, group), direction in zip(matrices, directions.to(matrices[0][0].dtype), strict=True):
                 length = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for matrix, direction in zip(matrices, directions.to(matrices[0].dtype), strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(spread(direction.view(matrix.shape), like=matrix), alpha=length)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(spread(direction.view(matrix.shape), like=matrix), alpha=length)
 
     def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
         gradient = cast(Tensor, matrix.grad)
@@ -94,28 +119,40 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def build_optimizers(
     model: nn.Module, config: OptimConfig, num_muons: int = 1, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv 1711.05101) for everything, or Muon for the hidden matrices and AdamW for the rest.
+    """AdamW (arXiv 1711.05101) for everything that learns, or Muon for the hidden matrices and AdamW for the rest.
 
     The hidden matrices may be dealt out to several Muons, to step side by side: each matrix moves alone,
     so the result is the same. `dtype`: what Muon orthogonalises in.
     """
     hidden, matrices, rest = split_parameters(model)
     adamw_matrices = matrices if config.optimizer == "muon" else hidden + matrices
+    shares = lr_shares(model, config.layer_decay)
     groups = [
-        {"params": adamw_matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        *_group_by_lr(adamw_matrices, shares, config.lr, weight_decay=config.weight_decay),
+        *_group_by_lr(rest, shares, config.lr, weight_decay=0.0),
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), foreach=True)
     ]
     # By shape first, so that each gets nearly as much of every shape.
     hidden.sort(key=lambda matrix: tuple(matrix.shape))
-    for i in range(num_muons if config.optimizer == "muon" else 0):
-        optimizers.append(Muon(hidden[i::num_muons], config.muon_lr, config.muon_weight_decay, dtype=dtype))
+    for i in range(min(num_muons, len(hidden)) if config.optimizer == "muon" else 0):
+        part = _group_by_lr(hidden[i::num_muons], shares, config.muon_lr)
+        optimizers.append(Muon(part, config.muon_lr, config.muon_weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _group_by_lr(
+    parameters: Sequence[nn.Parameter], shares: Mapping[nn.Parameter, float], lr: float, **settings: float
+) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups: one for each share of the learning rate among `parameters`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(shares[parameter], []).append(parameter)
+    return [{"params": members, "lr": lr * share, **settings} for share, members in groups.items()]
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -1,6 +1,7 @@
 """What a run derives, once, before its first step: from the machine, from the data, from the budget."""
 
 import ctypes
+import itertools
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from vitrail.distributed import World
 from vitrail.errors import VitrailError, VitrailWarning
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
+from vitrail.model import count_flops
 from vitrail.schedule import image_side, plan_steps
 
 PROBE_S = 10.0
@@ -98,27 +100,68 @@ def plan_num_steps(
     """
     world = world or World()
     budget, batch_size = Budget.parse(config.budget), config.optim.batch_size
-    if budget.unit == "epochs":
+    if budget.unit != "s":
         return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
     began = time.monotonic()
-    optim, size, patch = config.optim, config.preprocessing.image_size, config.model.patch_size
-    sides = [image_side(i, PROBE_RUN_STEPS, optim.coarse_fraction, size, patch) for i in range(PROBE_RUN_STEPS)]
-    shares = {sides.index(side): count / PROBE_RUN_STEPS for side, count in Counter(sides).items()}
-    learner, times = Learner(replace(config, num_steps=PROBE_RUN_STEPS), world), list[float]()
-    while world.agree(time.monotonic() - began) < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 3:
-        times.append(0.0)
-        for step, share in shares.items():
-            start = time.monotonic()
-            learner.step(train_set.take(learner.share % len(train_set)), step)
-            times[-1] += share * (time.monotonic() - start)
-    part = replace(val_set, images=val_set.images[:500], labels=val_set.labels[:500])
-    start = time.monotonic()
-    compute_logits(learner.working_copy(), part, config.preprocessing)
-    val_s = (time.monotonic() - start) * len(val_set) / len(part) / world.size
+    probe, times = SpeedProbe(config, train_set, val_set, world), list[float]()
+    while world.agree(time.monotonic() - began) < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 2:
+        times.append(probe.time_step())
+    val_s = probe.time_validation()
     left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
-    # The first time also warms up, so it does not count.
-    num_steps = plan_steps(left, config.epoch_images, batch_size, statistics.median(times[1:]), val_s)
+    num_steps = plan_steps(left, config.images_per_val, batch_size, statistics.median(times), val_s)
     return int(world.agree(num_steps))
+
+
+class SpeedProbe:
+    """A learner of `config` that learns nothing worth keeping: its steps are timed, then it is thrown away."""
+
+    def __init__(
+        self, config: ResolvedConfig, train_set: ImageSet, val_set: ImageSet, world: World | None = None
+    ) -> None:
+        self._preprocessing, self._world = config.preprocessing, world or World()
+        self._train_set, self._val_set = train_set, val_set
+        config = replace(config, num_steps=PROBE_RUN_STEPS)
+        counts = _count_sides(config).values()
+        first_steps = itertools.accumulate(counts, initial=0)
+        self._shares = {step: count / PROBE_RUN_STEPS for step, count in zip(first_steps, counts, strict=False)}
+        self.learner = Learner(config, world)
+        self.time_step()  # the first time also warms up
+
+    def time_step(self) -> float:
+        """Seconds of a training step, with each size of the images weighed by its share of a run."""
+        batch, seconds = self._train_set.take(self.learner.share % len(self._train_set)), 0.0
+        for step, share in self._shares.items():
+            start = time.monotonic()
+            self.learner.step(batch, step)
+            seconds += share * (time.monotonic() - start)
+        return seconds
+
+    def time_validation(self) -> float:
+        """Seconds of one look at the validation images, from some of them."""
+        part = replace(self._val_set, images=self._val_set.images[:500], labels=self._val_set.labels[:500])
+        start = time.monotonic()
+        compute_logits(self.learner.working_copy(), part, self._preprocessing)
+        return (time.monotonic() - start) * len(self._val_set) / len(part) / self._world.size
+
+
+def count_training_flops(config: ResolvedConfig) -> float:
+    """Floating-point operations of a whole run: a backward pass costs two forward ones.
+
+    Validation, augmentation and the optimizers' own work are not counted.
+    """
+    pre, num_classes = config.preprocessing, len(config.classes)
+    forward = (
+        count * count_flops(config.model, side, pre.num_channels, num_classes)
+        for side, count in _count_sides(config).items()
+    )
+    return 3.0 * config.optim.batch_size * sum(forward)
+
+
+def _count_sides(config: ResolvedConfig) -> Counter[int]:
+    """How many of a run's steps take images of each side in pixels, in the order in which the sides come."""
+    size, patch = config.preprocessing.image_size, config.model.patch_size
+    steps, fraction = config.num_steps, config.optim.coarse_fraction
+    return Counter(image_side(step, steps, fraction, size, patch) for step in range(steps))
 
 
 def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:

@@ -2,6 +2,7 @@
 
 config.json         the resolved config: architecture, classes, preprocessing, budget, seed
 environment.json    versions, machine, command
+init.json           where its first weights came from, if from elsewhere, and what became of each
 metrics.jsonl       one line per pass
 model.safetensors   the finished weights, fp32
 checkpoints/        step_NNNNNNNN/: all it takes to go on (checkpoint.py)
@@ -10,6 +11,7 @@ checkpoints/        step_NNNNNNNN/: all it takes to go on (checkpoint.py)
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,6 +83,11 @@ class Run:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest sound checkpoint's tensors and values, or None before the first."""
         return load_newest_checkpoint(self._checkpoints_folder)
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints of a finished run; its model stays."""
+        if self._checkpoints_folder.exists():
+            shutil.rmtree(self._checkpoints_folder)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the finished weights. Raises VitrailError if they cannot be written."""

@@ -36,14 +36,15 @@ def plan_steps(budget: Budget, epoch_images: int, batch_size: int, step_s: float
     """How many steps a budget pays for: at least one.
 
     Args:
-        budget: passes over the data, or the seconds that are left.
+        budget: passes over the data, steps, or the seconds that are left.
         epoch_images: images in one pass.
         batch_size: images in one step.
         step_s: seconds a training step takes, from a probe.
         val_s: seconds one look at the validation images takes; there is one at the end of each pass.
     """
-    if budget.unit == "epochs":
-        return max(1, math.ceil(budget.amount * epoch_images / batch_size))
+    if budget.unit != "s":
+        num_steps = budget.amount if budget.unit == "steps" else budget.amount * epoch_images / batch_size
+        return max(1, math.ceil(num_steps))
     seconds_per_step = step_s + val_s * batch_size / epoch_images
     # The last pass, though usually cut short, is validated too.
     return max(1, int((budget.amount - val_s) / seconds_per_step))

@@ -7,13 +7,14 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from vitrail.checkpoint import write_text
 from vitrail.config import ResolvedConfig, RunConfig, to_dict
@@ -22,21 +23,23 @@ from vitrail.distributed import World, join_world
 from vitrail.errors import Event, Interrupted, Listener, VitrailError, VitrailWarning, ignore_events
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
+from vitrail.pretrained import fit_weights, read_weights
 from vitrail.resolve import check_world, choose_machine, plan_num_steps, prepare_cpu, resolve, share_cores
 from vitrail.run import Run, check_vacant, create_run, load_run
 
+Tensors = Mapping[str, Tensor]
 # After so many steps in a row whose loss or gradients were not finite, the run will not find back.
 MAX_SKIPPED = 10
 
 
 def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events) -> Run:
-    """Train a model from nothing into the new run folder `out`.
+    """Train a model, from nothing or from the weights of `config.init_from`, into the new run folder `out`.
 
     Under `torchrun` all its processes train the one model, and the first writes. Started again by it because
     one of them died, they go on with the run.
 
     Raises:
-        VitrailError: if the config, the data or the folder will not do; nothing is left behind then.
+        VitrailError: if the config, the weights, the data or the folder will not do; nothing is left behind then.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
     folder = Path(out)
@@ -49,13 +52,19 @@ def train(config: RunConfig, out: str | Path, listener: Listener = ignore_events
     with join_world() as world:
         config = choose_machine(config, world)
         prepare_cpu(config.threads)
-        train_set, val_set, preprocessing = load_training_data(config, listener)
-        resolved = resolve(config, train_set, val_set, preprocessing, world)
+        weights = read_weights(config.init_from) if config.init_from else None
+        train_set, val_set, measured = load_training_data(config, listener)
+        resolved = resolve(config, train_set, val_set, weights.adopt(measured) if weights else measured, world)
+        start, report = fit_weights(weights, resolved) if weights else ({}, None)
         num_steps = plan_num_steps(resolved, train_set, val_set, time.monotonic() - began, world)
         resolved = replace(resolved, num_steps=num_steps)
         if world.leads:
             create_run(folder, resolved)
-        return _fit(Run(folder, resolved, folder / "model.safetensors"), train_set, val_set, listener, world)
+            if report is not None:
+                write_text(folder / "init.json", json.dumps(asdict(report), indent=1))
+                listener(Event(task="weights from elsewhere", done=1, total=1, text=report.describe()))
+        run = Run(folder, resolved, folder / "model.safetensors")
+        return _fit(run, train_set, val_set, listener, world, start=start)
 
 
 def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
@@ -74,7 +83,7 @@ def resume(out: str | Path, listener: Listener = ignore_events) -> Run:
         prepare_cpu(run.config.threads)
         train_set, val_set, _ = load_training_data(run.config, listener)
         _check_data(run, train_set, val_set)
-        return _fit(run, train_set, val_set, listener, world)
+        return _fit(run, train_set, val_set, listener, world, start={})
 
 
 def _started_again() -> bool:
@@ -159,16 +168,13 @@ class _Progress:
         return figures | ({"skipped_steps": self.skipped} if self.skipped else {})
 
 
-def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, world: World) -> Run:
-    """Train from the newest checkpoint, or from the start, to the last step."""
+def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, world: World, *, start: Tensors) -> Run:
+    """Train from the newest checkpoint, or from the weights to start from, to the last step."""
     config = run.config
     batch_size = config.optim.batch_size
     stream = SampleStream(train_set.labels, config.seed, config.input.balanced)
-    learner, progress = Learner(config, world), _Progress()
-    checkpoint = run.load_checkpoint()
-    if checkpoint is not None:
-        learner.load_state(checkpoint[0])
-        progress = _Progress(**checkpoint[1])
+    learner = Learner(config, world)
+    progress = _begin(run, learner, start, world)
     rows = [row for row in run.read_metrics() if row["step"] <= progress.step]
     last_saved = time.monotonic()
     with _stop_signals() as stop_requested:
@@ -181,7 +187,7 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, w
                 raise _lost(run, stream, progress.step)
             row = progress.figures(config) | {"lr": config.optim.lr * learner.lr_factor(progress.step - 1)}
             finished = progress.step == config.num_steps
-            pass_ended = finished or progress.step * batch_size % config.epoch_images < batch_size
+            pass_ended = finished or progress.step * batch_size % config.images_per_val < batch_size
             if pass_ended:
                 row |= _validate(learner, val_set, config, progress, world)
                 rows.append(row)
@@ -204,6 +210,23 @@ def _fit(run: Run, train_set: ImageSet, val_set: ImageSet, listener: Listener, w
         run.save_model(state)
     world.wait()
     return run
+
+
+def _begin(run: Run, learner: Learner, start: Tensors, world: World) -> _Progress:
+    """Bring the learner to the newest checkpoint, or to its first step.
+
+    Weights from elsewhere are saved before that one: they may be gone or changed when the run is resumed.
+    """
+    checkpoint = run.load_checkpoint()
+    if checkpoint is not None:
+        learner.load_state(checkpoint[0])
+        return _Progress(**checkpoint[1])
+    if start:
+        learner.begin_with(start)
+        _save(run, learner, _Progress(), world)
+    elif run.config.init_from:
+        raise VitrailError(f"{run.folder} was stopped before it had weights; train again with another --out")
+    return _Progress()
 
 
 def _checkpoint_due(config: ResolvedConfig, progress: _Progress, last_saved: float) -> bool:

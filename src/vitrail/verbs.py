@@ -6,9 +6,10 @@ Every verb's libraries are imported when it runs, so that `vitrail --help` answe
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def _train(arguments: list[str]) -> None:
         return
     last = run.read_metrics()[-1]
     if flags.json:
-        print(json.dumps({"run": str(run.folder), **last}))
+        init = run.folder / "init.json"
+        begun = {"init": json.loads(init.read_text())} if init.exists() else {}
+        print(json.dumps({"run": str(run.folder), **last, **begun}))
     else:
         print(f"{run.folder}: val accuracy {last['val_accuracy']:.1%} after {last['elapsed_s'] / 60:.1f} min")
         print(f"next: vitrail evaluate {run.folder}")
@@ -282,6 +285,35 @@ def _verify_resume(arguments: list[str]) -> None:
         print(f"the same, to the bit, after {found.num_steps} steps; metrics too")
 
 
+def _compare(arguments: list[str]) -> None:
+    from vitrail.console import ProgressDisplay
+    from vitrail.flags import CompareFlags
+
+    flags = _parse(CompareFlags, "compare", arguments)
+    from vitrail.compare import make_plan, run_plan
+
+    base = replace(_preset_config(flags.preset), data=flags.data, budget=flags.budget)
+    arms = [arm for arm in flags.arms.split(",") if arm]
+    with ProgressDisplay(flags.quiet) as display:
+        plan = make_plan(flags.question, base, flags.out, display, arms=arms, num_seeds=flags.seeds)
+        if flags.plan:
+            print(json.dumps(plan.to_json()) if flags.json else "\n".join(plan.describe()))
+            return
+        for line in plan.describe():
+            say(line)
+        try:
+            results = run_plan(plan, display)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            reason = str(stop) or "stopped between two trainings"
+            number = getattr(stop, "signal", signal.SIGINT)
+            raise Interrupted(f"{reason}; go on with the same command again", number) from stop
+    if flags.json:
+        print(json.dumps(results))
+    else:
+        print((flags.out / "table.md").read_text())
+        print(f"wrote results.json, table.csv, table.md and plot.png to {flags.out}")
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -290,5 +322,6 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "bench": _bench,
     "verify-resume": _verify_resume,
+    "compare": _compare,
 }
 """What to call with the arguments after each verb."""

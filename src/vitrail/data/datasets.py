@@ -1,15 +1,17 @@
 """The decoded splits, and the batches cut from them."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitrail.batch import Batch
 from vitrail.config import InputConfig, Preprocessing, ResolvedConfig, RunConfig
 from vitrail.data.decode import decode, infer_format, measure_preprocessing
-from vitrail.data.order import TEST_FRACTION, cut_split
+from vitrail.data.order import TEST_FRACTION, cut_split, take_fraction
 from vitrail.data.records import Records
 from vitrail.data.sources import read_source
 from vitrail.errors import Listener, VitrailError, ignore_events
@@ -38,7 +40,10 @@ def split_records(
     """The `train`, `val` and `test` records of a source, cutting those it does not have from train.
 
     Where there is no `test`, the same fifth of every class is cut whatever the seed; `val` is then cut
-    from what is left, by `seed`. Both are stratified.
+    from what is left, by `seed`. Both are stratified, and the same whatever share of the rest is trained on.
+
+    Raises:
+        VitrailError: if there is no such source or class, or a class would be left without an image to train on.
     """
     splits = read_source(source, listener)
     for name, fraction, split_seed in (("test", TEST_FRACTION, 0), ("val", config.val_fraction, seed)):
@@ -48,7 +53,36 @@ def split_records(
             splits |= {"train": train.take(kept), name: train.take(held_out)}
             if len(held_out) == 0:
                 raise VitrailError(f"{source} has too few images to hold any out for {name}; two of a class at least")
+    if config.classes:
+        splits = _keep_classes(splits, config.classes, source)
+    if config.train_fraction < 1:
+        splits["train"] = _take_fraction(splits["train"], config.train_fraction, seed)
     return splits
+
+
+def _keep_classes(splits: dict[str, Records], names: tuple[str, ...], source: str) -> dict[str, Records]:
+    """The splits with the classes `names` alone, each of which must have images to train on."""
+    train = splits["train"]
+    there = [name for i, name in enumerate(train.class_names) if i in train.labels]
+    if unknown := [name for name in names if name not in there]:
+        raise VitrailError(f"{source} has no class '{unknown[0]}'; its classes are {', '.join(there)}")
+    kept = {split: records.keep_classes(names) for split, records in splits.items()}
+    for split, records in kept.items():
+        if len(records.labels) == 0:
+            raise VitrailError(f"{source}: the {split} split has no image of {', '.join(names)}; name other classes")
+    return kept
+
+
+def _take_fraction(train: Records, fraction: float, seed: int) -> Records:
+    """A share of every class, which must leave each with an image."""
+    taken = train.take(take_fraction(train.labels, fraction, seed))
+    for label, count in zip(*np.unique(train.labels, return_counts=True), strict=True):
+        if label not in taken.labels:
+            raise VitrailError(
+                f"train_fraction {fraction} leaves class '{train.class_names[label]}' with its {count} training images "
+                f"without one; give --input.train-fraction {math.ceil(1000 / count) / 1000} or more"
+            )
+    return taken
 
 
 def load_training_data(config: RunConfig, listener: Listener) -> tuple[ImageSet, ImageSet, Preprocessing]:

@@ -33,6 +33,13 @@ class Records:
             [self.items[i] for i in kept], [self.names[i] for i in kept], self.labels[indices], self.class_names
         )
 
+    def keep_classes(self, names: tuple[str, ...]) -> "Records":
+        """The records of some of the classes, numbered anew in their old order."""
+        old = np.array([i for i, name in enumerate(self.class_names) if name in names])
+        kept = self.take(np.flatnonzero(np.isin(self.labels, old)))
+        class_names = tuple(self.class_names[i] for i in old)
+        return Records(kept.items, kept.names, np.searchsorted(old, kept.labels), class_names)
+
 
 def check_splits(splits: dict[str, Records], source: str) -> None:
     """Raise VitrailError unless there is a train split with two classes that covers the other splits' classes."""

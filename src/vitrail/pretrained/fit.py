@@ -1,0 +1,216 @@
+"""Another model's weights in ours: what fits is taken, what does not is resampled, begun anew or refused, and told."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.config import ResolvedConfig
+from vitrail.errors import VitrailError
+from vitrail.optim import in_head
+from vitrail.pretrained.weights import Weights, import_timm
+from vitrail.vit import build_vit
+
+PATCHES, POSITIONS, OFFSETS = "patch_embed.proj.weight", "pos_embed", ".relative_position_bias_table"
+# What stands between the encoder and another model's head, so that its head reads something else than ours.
+BEFORE_HEAD = re.compile(r"(fc_norm|pre_logits|attn_pool)\.")
+# What a model may leave behind without its blocks doing anything else; names with a stroke are of another tower.
+NEEDLESS = re.compile(r"(head|fc|head_dist|fc_norm|pre_logits|attn_pool|pooler)\.|mask_token$|.*/")
+# What a model may lack: ours then begins it anew.
+LACKING = re.compile(r"cls_token$|norm\.|.*\.qkv\.bias$|.*" + re.escape(OFFSETS))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor by its name here, with its shape; `was` is the source's shape where it was resampled."""
+
+    name: str
+    shape: tuple[int, ...]
+    was: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        shapes = (shape for shape in (self.was, self.shape) if shape is not None)
+        return f"{self.name} " + " → ".join("×".join(map(str, shape)) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What a run began with: every tensor of its model is in one of the first three, every other of the source's
+    in `unused`. `notes` say what was taken on trust."""
+
+    source: str
+    loaded: tuple[Part, ...]
+    resampled: tuple[Part, ...]
+    new: tuple[Part, ...]
+    unused: tuple[Part, ...]
+    notes: tuple[str, ...]
+
+    def describe(self) -> str:
+        """The report in a few lines: how many of each, and which, but for those loaded as they are."""
+        kinds = {"resampled": self.resampled, "new": self.new, "unused": self.unused}
+        counts = ", ".join(f"{len(parts)} {kind}" for kind, parts in kinds.items())
+        lines = [f"weights from {self.source}: {len(self.loaded)} loaded, {counts}"]
+        for kind, parts in kinds.items():
+            if parts:
+                rest = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+                lines.append(f"  {kind}: {', '.join(map(str, parts[:4]))}{rest}")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Tensor], InitReport]:
+    """The tensors that the model of `config` begins with in place of those drawn at random, and the report.
+
+    Positions and patches are resampled as timm does; a relative position bias, kept by offset in patches, is cut
+    to the smaller grid, or goes on beyond its edge with the values there. One that the source lacks begins at
+    zero, so that the blocks do what they did. Of three channels one is made by their sum. The head is taken only
+    if it tells the same classes apart, as far as that is told, from the same tokens.
+
+    Raises:
+        VitrailError: with both sides if the architectures differ, or naming what either has and the other cannot do
+            without.
+    """
+    pre = config.preprocessing
+    ours = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes)).state_dict()
+    _check_dimensions(weights, ours, config)
+    new_head = _why_new_head(weights, ours, config)
+    taken = {n: t for n, t in weights.state.items() if n in ours and not (new_head and in_head(n))}
+    _check_names(weights, ours)
+    state: dict[str, Tensor] = {}
+    loaded, resampled, new = list[Part](), list[Part](), list[Part]()
+    for name, fresh in ours.items():
+        part = Part(name, tuple(fresh.shape))
+        if name not in taken:
+            new.append(part)
+            if name.endswith(OFFSETS):
+                state[name] = torch.zeros_like(fresh)
+            continue
+        fitted = _fit(name, taken[name], fresh, config)
+        if fitted.shape != fresh.shape:
+            theirs = Part(name, tuple(taken[name].shape))
+            raise VitrailError(f"{weights.source}: {theirs} does not fit this model's {part}")
+        same = fitted.numel() == taken[name].numel() and torch.equal(fitted.flatten(), taken[name].flatten())
+        (loaded if same else resampled).append(part if same else Part(name, part.shape, tuple(taken[name].shape)))
+        state[name] = fitted
+    unused = tuple(Part(n, tuple(t.shape)) for n, t in weights.state.items() if n not in taken)
+    notes = _notes(weights, config, new_head)
+    return state, InitReport(weights.source, tuple(loaded), tuple(resampled), tuple(new), unused, notes)
+
+
+def _fit(name: str, theirs: Tensor, ours: Tensor, config: ResolvedConfig) -> Tensor:
+    """Their tensor in our shape, where there is a way; else as it is."""
+    if name == POSITIONS and theirs.ndim == 3:
+        return _fit_positions(theirs, ours.shape[1])
+    if name.endswith(OFFSETS):
+        return _fit_offsets(theirs, ours.shape[1])
+    if theirs.ndim != 4:
+        return theirs
+    patch_size, num_channels = config.model.patch_size, config.preprocessing.num_channels
+    wanted = ours.shape if ours.ndim == 4 else torch.Size((len(ours), num_channels, patch_size, patch_size))
+    if theirs.shape[1] == 3 and wanted[1] == 1:
+        theirs = import_timm("3 channels in 1").models.adapt_input_conv(1, theirs)
+    if name == PATCHES and theirs.shape[2:] != wanted[2:]:
+        theirs = import_timm("another patch size").layers.resample_patch_embed(theirs, list(wanted[2:]))
+    return theirs.reshape(ours.shape) if theirs.shape == wanted else theirs
+
+
+def _fit_positions(theirs: Tensor, count: int) -> Tensor:
+    """Positions [1, T, D] for `count` tokens. Where the class token had none, it gets zeros: it was added nothing."""
+    grid, grid_there = math.isqrt(count), math.isqrt(theirs.shape[1])
+    prefix, prefix_there = count - grid**2, theirs.shape[1] - grid_there**2
+    if prefix_there not in (0, prefix):
+        return theirs
+    theirs = F.pad(theirs, (0, 0, prefix - prefix_there, 0))
+    if grid == grid_there:
+        return theirs
+    return import_timm("another grid of patches").layers.resample_abs_pos_embed(
+        theirs, [grid, grid], num_prefix_tokens=prefix
+    )
+
+
+def _fit_offsets(theirs: Tensor, count: int) -> Tensor:
+    """A table [H, (2G - 1)²] of relative positions for another grid size G."""
+    span, span_there = math.isqrt(count), math.isqrt(theirs.shape[1])
+    table, wider = theirs.unflatten(1, (span_there, span_there)), (span - span_there) // 2
+    if wider < 0:
+        return table[:, -wider:wider, -wider:wider].flatten(1)
+    return F.pad(table[None], (wider,) * 4, mode="replicate")[0].flatten(1)
+
+
+def _dimensions(state: Mapping[str, Tensor], num_heads: int | None) -> dict[str, float | None]:
+    """What ModelConfig calls a ViT's dimensions, told by the shapes of its tensors; nothing for another model."""
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    if hidden is None or hidden.ndim != 2:
+        return {}
+    depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+    width = hidden.shape[1]
+    return {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": len(hidden) / width}
+
+
+def _check_dimensions(weights: Weights, ours: Mapping[str, Tensor], config: ResolvedConfig) -> None:
+    """Raise VitrailError, with both sides and the flags that make them equal, if the architectures differ."""
+    theirs, here = _dimensions(weights.state, weights.num_heads), _dimensions(ours, config.model.num_heads)
+    differ = {name: value for name, value in theirs.items() if here and value not in (None, here[name])}
+    if differ:
+        table = "; ".join(f"{name} {value:g} there, {here[name]:g} here" for name, value in differ.items())
+        flags = " ".join(f"--model.{name.replace('_', '-')} {value:g}" for name, value in differ.items())
+        raise VitrailError(f"{weights.source} is of another model than this: {table}; give {flags}")
+
+
+def _check_names(weights: Weights, ours: Mapping[str, Tensor]) -> None:
+    """Raise VitrailError if either side has what the other's backbone cannot do without."""
+    theirs = weights.state
+    lacking = [name for name in ours if name not in theirs and not (in_head(name) or LACKING.match(name))]
+    if lacking:
+        raise VitrailError(
+            f"{weights.source} lacks {_list(lacking)}, which this model is made of; its own tensors are {_list(theirs)}"
+        )
+    homeless = [name for name in theirs if name not in ours and not NEEDLESS.match(name)]
+    if homeless:
+        hint = "give --model.rel-pos zero" if homeless[0].endswith(OFFSETS) else "it cannot be used here"
+        raise VitrailError(
+            f"{weights.source} has {_list(homeless)}, for which this model has no place and without which it would "
+            f"do something else; {hint}"
+        )
+
+
+def _list(names: Mapping[str, Tensor] | list[str]) -> str:
+    return ", ".join(list(names)[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+
+
+def _why_new_head(weights: Weights, ours: Mapping[str, Tensor], config: ResolvedConfig) -> str | None:
+    """Why their head cannot be taken over, or None if it can."""
+    heads = [{n: tuple(t.shape) for n, t in state.items() if in_head(n)} for state in (weights.state, ours)]
+    if not heads[0]:
+        return "the source has none"
+    if heads[0] != heads[1]:
+        there, here = (Part(*max(head.items(), key=lambda item: len(item[1]))) for head in heads)
+        return f"{there} there, {here} here"
+    if weights.classes is not None and weights.classes != config.classes:
+        return "the classes there have other names"
+    between = sorted({found[1] for name in weights.state if (found := BEFORE_HEAD.match(name))})
+    if between:
+        return f"the head there reads what {' and '.join(between)} makes"
+    if weights.pool not in (None, config.model.pool):
+        return f"the head there reads {weights.pool}, here {config.model.pool}"
+    return None
+
+
+def _notes(weights: Weights, config: ResolvedConfig, new_head: str | None) -> tuple[str, ...]:
+    """What a person should know who reads the report."""
+    model, notes = config.model, list[str]()
+    if new_head:
+        notes.append(f"head: new ({new_head})")
+    elif weights.classes is None:
+        notes.append(f"head: taken, its {len(config.classes)} classes on trust: the source does not name them")
+    if weights.num_heads is None and "blocks.0.attn.qkv.weight" in weights.state:
+        usual = f"; of the usual width, 64, they would be {model.embed_dim / 64:g}"
+        notes.append(f"heads: not told by the source, taken as {model.num_heads}{usual}")
+    if weights.pool is None and not new_head and "cls_token" in weights.state:
+        notes.append(f"pool: not told by the source, taken as {model.pool}")
+    told = weights.mean is not None and weights.adopt(config.preprocessing) == config.preprocessing
+    notes.append(f"mean and std of the pixels: {'those of the source' if told else 'measured on the new images'}")
+    return tuple(notes)
