@@ -44,7 +44,8 @@ def lr_shares(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]
 
     Layer 0 embeds, layer i is block i counted from 1, and one more holds the last norm and the head.
 
-    Source: BEiT (arXiv 2106.08254), `optim_factory.py`; timm's `param_groups_layer_decay` agrees.
+    Source: BEiT (arXiv 2106.08254), `optim_factory.py`. timm's `param_groups_layer_decay` agrees but for the last
+    norm, which it takes with the last block.
     """
     blocks = {name: re.match(r"blocks\.(\d+)\.", name) for name, _ in model.named_parameters()}
     last = 1 + max((int(block[1]) + 1 for block in blocks.values() if block), default=0)

@@ -161,20 +161,16 @@ def _check_dimensions(weights: Weights, ours: Mapping[str, Tensor], config: Reso
 
 
 def _check_names(weights: Weights, ours: Mapping[str, Tensor]) -> None:
-    """Raise VitrailError if either side has what the other's backbone cannot do without."""
+    """Raise VitrailError if either side's backbone has what the other has not and cannot do without."""
     theirs = weights.state
     lacking = [name for name in ours if name not in theirs and not (in_head(name) or LACKING.match(name))]
-    if lacking:
-        raise VitrailError(
-            f"{weights.source} lacks {_list(lacking)}, which this model is made of; its own tensors are {_list(theirs)}"
-        )
     homeless = [name for name in theirs if name not in ours and not NEEDLESS.match(name)]
-    if homeless:
-        hint = "give --model.rel-pos zero" if homeless[0].endswith(OFFSETS) else "it cannot be used here"
-        raise VitrailError(
-            f"{weights.source} has {_list(homeless)}, for which this model has no place and without which it would "
-            f"do something else; {hint}"
-        )
+    if lacking or homeless:
+        sides = [f"it lacks {_list(lacking)}"] * bool(lacking)
+        sides += [f"there is no place here for its {_list(homeless)}"] * bool(homeless)
+        offsets_alone = not lacking and all(name.endswith(OFFSETS) for name in homeless)
+        hint = "give --model.rel-pos zero" if offsets_alone else "give the weights of one like this"
+        raise VitrailError(f"{weights.source} is of another kind of model: {' and '.join(sides)}; {hint}")
 
 
 def _list(names: Mapping[str, Tensor] | list[str]) -> str:

@@ -130,7 +130,7 @@ def _build_timm(source: str, name: str) -> Any:
         near = get_close_matches(name, timm.list_models("*vit*"), 3)
         raise VitrailError(f"{source}: timm has no model '{name}'" + (f"; do you mean {', '.join(near)}?" * bool(near)))
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name.split(".", maxsplit=1)[0])
     plain = isinstance(model, timm.models.VisionTransformer)
     if not plain or not isinstance(model.blocks[0].mlp.act, nn.GELU):
         what = "its GELU is another" if plain else type(model).__name__
