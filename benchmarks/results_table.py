@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from vitrail.config import to_dict
 from vitrail.presets import get_preset
+from vitrail.resolve import count_training_flops
 from vitrail.run import Run, load_run
-from vitrail.schedule import image_side
 
 KEPT = ("config.json", "metrics.jsonl", "evaluation-val.json", "evaluation-test.json")
 
@@ -49,23 +49,11 @@ def table_row(run: Run) -> str:
         f"{last['elapsed_s'] / 60:.1f}",
         f"{last['epoch']:.1f}",
         f"{num_parameters / 1e6:.2f} M",
-        f"{training_flop(run) / 1e15:.2f}",
+        f"{count_training_flops(run.config) / 1e15:.2f}",
         accuracy(run, "val"),
         accuracy(run, "test"),
     )
     return "| " + " | ".join(cells) + " |"
-
-
-def training_flop(run: Run) -> float:
-    """Six floating-point operations for each multiply-add of the blocks' forward pass, over all images of all steps."""
-    model, optim, size = run.config.model, run.config.optim, run.config.preprocessing.image_size
-    total = 0.0
-    for step in range(run.config.num_steps):
-        side = image_side(step, run.config.num_steps, optim.coarse_fraction, size, model.patch_size)
-        tokens = (side // model.patch_size) ** 2 + 1
-        per_token = (4 + 2 * model.mlp_ratio) * model.embed_dim**2 + 2 * tokens * model.embed_dim
-        total += 6 * optim.batch_size * tokens * model.depth * per_token
-    return total
 
 
 def draw_curve(run: Run, picture: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.config import Preprocessing
 from vitrail.errors import Event, Listener, VitrailError, ignore_events
@@ -47,7 +47,8 @@ class AttentionReach:
 
 
 def patch_filters(model: VisionTransformer, count: int = NUM_FILTERS) -> PatchFilters:
-    """The first `count` principal components of the D patch filters, fewer if a patch has fewer values.
+    """The first `count` principal components of the patch filters, fewer if a patch has fewer values; of a
+    convolutional stem, those of its first convolution.
 
     Source: Figure 7, left; like there, over the filters and centred.
 
@@ -55,12 +56,13 @@ def patch_filters(model: VisionTransformer, count: int = NUM_FILTERS) -> PatchFi
         VitrailError: if the model has no attention or is not finite.
     """
     check_model(model)
-    weight = model.patch_embed.proj.weight.detach().double().cpu()
+    first = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    side = first.kernel_size[0] if isinstance(first, nn.Conv2d) else model.patch_embed.patch_size
+    weight = first.weight.detach().double().cpu().flatten(1)
     _, lengths, axes = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    patch = model.patch_embed.patch_size
     return PatchFilters(
-        axes[:count].reshape(len(axes[:count]), -1, patch, patch).float(),
+        axes[:count].reshape(len(axes[:count]), -1, side, side).float(),
         (lengths**2 / (lengths**2).sum())[:count].float(),
     )
 

@@ -84,20 +84,18 @@ class ModelConfig:
             f"{self.num_heads} heads do not divide the width {self.embed_dim}; "
             "change --model.num-heads or --model.embed-dim",
         )
-        resnet, patch = self.arch == "resnet", self.patch_size
+        resnet = self.arch == "resnet"
         _require(
-            resnet or self.match == "none", f"match is {self.match}; give --model.arch resnet too, or leave it out"
+            resnet or self.match == "none", f"match {self.match} is for a ResNet; give --model.arch resnet with it"
         )
-        _require(
-            not resnet or self.stem == "patch", "stem is conv, which a ResNet has not; leave it out, or give arch vit"
-        )
+        _require(not resnet or self.stem == "patch", "stem conv is for a ViT; leave it or --model.arch resnet out")
         _require(
             not resnet or self.head == "linear",
             "head is label-query, which attends over tokens, and a ResNet has none; leave it out, or give arch vit",
         )
         _require(
-            self.stem == "patch" or patch & (patch - 1) == 0,
-            f"patch_size is {patch}; stem conv halves the image step by step, so give a power of two",
+            self.stem == "patch" or self.patch_size.bit_count() == 1,
+            f"patch_size is {self.patch_size}; stem conv halves the image again and again, so give a power of two",
         )
         _require(0 < self.mlp_ratio <= 100, f"mlp_ratio is {self.mlp_ratio}; give a number above 0, at most 100")
         for name in ("drop_rate", "drop_path_rate"):

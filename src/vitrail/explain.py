@@ -224,7 +224,7 @@ def _read_patches(model: VisionTransformer, weights: Tensor, reading: Tensor) ->
 
 
 def check_model(model: nn.Module) -> VisionTransformer:
-    """The model, as one to trace. Raises VitrailError if it has no attention to show or weights that are not finite."""
+    """The model, if it can be explained. Raises VitrailError if it has no attention, or weights that are not finite."""
     if not has_attention(model):
         raise VitrailError(
             f"{type(model).__name__} has no attention to show; evaluate and predict take it, and report "

@@ -76,7 +76,7 @@ class Learner:
         forwards = self._replicas
         if self._world.size > 1:
             pre = config.preprocessing
-            example = torch.zeros(1, pre.num_channels, pre.image_size, pre.image_size)
+            example = torch.zeros(2, pre.num_channels, pre.image_size, pre.image_size)
             forwards = [replicate(r, example.to(self._device, self._dtype)) for r in self._replicas]
         return [torch.compile(forward) if config.compile else forward for forward in forwards]
 

@@ -1,10 +1,10 @@
 """The model that a config describes, and what it costs."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,18 +48,19 @@ def _build_shapes(config: ModelConfig, image_size: int, num_channels: int, num_c
         return build_model(config, image_size, num_channels, num_classes)
 
 
-def match_resnet(config: ModelConfig, sides: Mapping[int, float], num_channels: int, num_classes: int) -> ModelConfig:
+def match_resnet(config: ModelConfig, sides: Mapping[int, int], num_channels: int, num_classes: int) -> ModelConfig:
     """`config` with the ResNet that costs what `match` says: as much as the ViT that its other fields describe.
 
     Args:
-        sides: what share of the training images has which side in pixels; the largest is the model's own.
+        sides: how many training steps take images of which side in pixels; the largest is the model's own.
 
     Raises:
         VitrailError: if no ResNet comes within 5%.
     """
 
     def flops(model: ModelConfig) -> float:
-        return sum(share * count_flops(model, side, num_channels, num_classes) for side, share in sides.items())
+        total = sum(n * count_flops(model, side, num_channels, num_classes) for side, n in sides.items())
+        return total / sum(sides.values())
 
     def parameters(model: ModelConfig) -> float:
         return count_parameters(model, max(sides), num_channels, num_classes)
@@ -68,8 +69,9 @@ def match_resnet(config: ModelConfig, sides: Mapping[int, float], num_channels: 
     target = cost(replace(config, arch="vit", match="none"))
     for depth in MATCH_DEPTHS:
         resnets = [replace(config, resnet_depth=depth, resnet_width=width) for width in MATCH_WIDTHS]
-        above = bisect_left(resnets, target, key=cost)
-        nearest = min(resnets[max(0, above - 1) : above + 1], key=lambda resnet: abs(cost(resnet) - target))
+        # Either cost is a polynomial of the second degree in the width.
+        curve = np.polyfit(MATCH_WIDTHS[:3], [cost(resnet) for resnet in resnets[:3]], 2)
+        nearest = resnets[int(np.abs(np.polyval(curve, MATCH_WIDTHS) - target).argmin())]
         if abs(cost(nearest) - target) <= MATCH_TOLERANCE * target:
             return nearest
     kind = "FLOPs an image" if config.match == "vit" else "parameters"

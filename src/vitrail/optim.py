@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from vitrail.config import OptimConfig
 from vitrail.distributed import gather, spread
 
+# Where the hidden matrices are: a ViT's blocks, a ResNet's stages.
+HIDDEN = ("blocks.", "layer1.", "layer2.", "layer3.", "layer4.")
+
 
 def in_head(name: str) -> bool:
     """Whether a tensor of a model's is of its head, which knows the classes: all else is the backbone."""
@@ -19,8 +22,8 @@ def in_head(name: str) -> bool:
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters as (hidden matrices, other matrices, the rest), each in the model's order.
 
-    Hidden matrices are the weights of the linear and convolution layers inside `blocks`; the patch
-    projection and the head are matrices too, but face the data and the classes. Tokens, positions, norms,
+    Hidden matrices are the weights of the linear and convolution layers inside a ViT's blocks or a ResNet's stages;
+    the stem and the head have matrices too, but face the data and the classes. Tokens, positions, norms,
     biases and relative position tables are the rest, and are never decayed.
     """
     hidden: list[nn.Parameter] = []
@@ -32,7 +35,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
             continue
         if id(parameter) not in weights:
             rest.append(parameter)
-        elif "blocks." in name:
+        elif name.startswith(HIDDEN):
             hidden.append(parameter)
         else:
             matrices.append(parameter)

@@ -19,8 +19,8 @@ from vitrail.data import ImageSet, SampleStream, fingerprint
 from vitrail.distributed import World
 from vitrail.errors import VitrailError, VitrailWarning
 from vitrail.evaluate import compute_logits
-from vitrail.learner import Learner
-from vitrail.model import count_flops
+from vitrail.learner import MAX_REPLICAS, Learner
+from vitrail.model import count_flops, match_resnet
 from vitrail.schedule import image_side, plan_steps
 
 PROBE_S = 10.0
@@ -56,6 +56,17 @@ def check_world(config: RunConfig, world: World) -> None:
         )
     if world.size > 1 and config.compile and config.distributed == "fsdp":
         raise VitrailError("--compile with --distributed fsdp was never tried here; leave one of them out")
+    if not config.model.batch_norm:
+        return
+    if world.size > 1 and config.distributed == "fsdp":
+        raise VitrailError("--distributed fsdp is for models without batch norm; use ddp, or a ViT with stem patch")
+    # Every replica's every piece has two images or more to take a mean of.
+    fewest, micro = 2 * MAX_REPLICAS * world.size, config.optim.micro_batch_size
+    if config.optim.batch_size < fewest or 0 < micro < 4:
+        raise VitrailError(
+            f"batch_size {config.optim.batch_size} with micro_batch_size {micro} is too few for batch norm; "
+            f"give --optim.batch-size {fewest} or more and --optim.micro-batch-size 0, or 4 or more"
+        )
 
 
 def share_cores(world: World) -> int:
@@ -73,11 +84,11 @@ def resolve(
     """The config with all that the data decides; its `num_steps`, which takes a probe, is 1 as yet.
 
     Raises:
-        VitrailError: if the patches do not fit the images. Warns if they are too few.
+        VitrailError: if the patches do not fit the images, or no ResNet matches. Warns if the patches are too few.
     """
     _check_model(config, preprocessing)
     asked: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-    return ResolvedConfig(
+    resolved = ResolvedConfig(
         **asked,
         classes=train_set.class_names,
         preprocessing=preprocessing,
@@ -89,6 +100,11 @@ def resolve(
         data_sha256=fingerprint(train_set, val_set),
         num_processes=(world or World()).size,
     )
+    if config.model.match == "none":
+        return resolved
+    steps = _count_sides(replace(resolved, num_steps=PROBE_RUN_STEPS))
+    model = match_resnet(config.model, steps, preprocessing.num_channels, len(resolved.classes))
+    return replace(resolved, model=model)
 
 
 def plan_num_steps(
@@ -165,7 +181,9 @@ def _count_sides(config: ResolvedConfig) -> Counter[int]:
 
 
 def _check_model(config: RunConfig, preprocessing: Preprocessing) -> None:
-    """Raise VitrailError if the patches do not fit the image; warn if they are too few."""
+    """Raise VitrailError if a ViT's patches do not fit the image; warn if they are too few."""
+    if config.model.arch == "resnet" and config.model.match == "none":
+        return
     num_patches = check_patches(config.model, preprocessing.image_size)
     if num_patches < MIN_TOKENS:
         warnings.warn(

@@ -92,11 +92,13 @@ def _started_again() -> bool:
 
 
 def _chosen_alike(config: RunConfig, begun: RunConfig) -> RunConfig:
-    """`config` with what it leaves to the machine chosen as it was for `begun`."""
+    """`config` with what it leaves to the machine, or to a match, chosen as it was for `begun`."""
     left_open = {"device": "auto", "precision": "auto", "threads": 0}
-    return replace(
-        config, **{name: getattr(begun, name) for name, value in left_open.items() if getattr(config, name) == value}
-    )
+    chosen = {name: getattr(begun, name) for name, value in left_open.items() if getattr(config, name) == value}
+    if config.model.match != "none":
+        depth, width = begun.model.resnet_depth, begun.model.resnet_width
+        chosen["model"] = replace(config.model, resnet_depth=depth, resnet_width=width)
+    return replace(config, **chosen)
 
 
 def check_unchanged(begun: RunConfig, asked: RunConfig) -> None:

@@ -1,4 +1,5 @@
-"""The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), with nothing convolutional in it.
+"""The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), with nothing convolutional in it but the stem
+of those who ask for one.
 
 Shapes are written with B images, C channels, N patches, T = N + 1 tokens, D wide, H heads.
 
@@ -51,6 +52,33 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(patchify(images, self.patch_size))
+
+
+class ConvStem(nn.Module):
+    """Convolutions in the place of the patch projection: [B, C, S, S] to [B, N, D].
+
+    3×3 ones of stride 2 with batch norm and ReLU, whose channels double up to D, until each patch is one place;
+    then a 1×1 one.
+
+    Source: Xiao et al. 2021 (arXiv 2106.14881, section 3). They take away one block to pay for it; we leave the depth
+    as asked.
+    """
+
+    def __init__(self, patch_size: int, num_channels: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        layers, num_in = list[nn.Module](), num_channels
+        for halvings_left in reversed(range(patch_size.bit_length() - 1)):
+            num_out = max(1, embed_dim >> halvings_left)
+            conv = nn.Conv2d(num_in, num_out, 3, stride=2, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(num_out), nn.ReLU()]
+            num_in = num_out
+        self.convs = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(num_in, embed_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(self.convs(images)).flatten(2).mT
 
 
 class RelPosBias(nn.Module):
@@ -176,7 +204,8 @@ class VisionTransformer(nn.Module):
         self.grid_size = grid_size = image_size // config.patch_size
         width, depth = config.embed_dim, config.depth
         self.pool, self.num_heads = config.pool, config.num_heads
-        self.patch_embed = PatchEmbed(config.patch_size, num_channels, width)
+        stem = ConvStem if config.stem == "conv" else PatchEmbed
+        self.patch_embed = stem(config.patch_size, num_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, width))
         self.pos_drop = nn.Dropout(config.drop_rate)
