@@ -38,7 +38,8 @@ class Explanation:
     [L, B, H, G, G]: how much of its look the token that the head reads gives each patch; what is
     missing to a sum of one went to prefix tokens. `maps`: for each method, [B, G, G], 0 or more.
     `evidence` [B, K, G, G]: how much of its look each label's query gives each patch, the mean of its heads,
-    summing to one; None without label queries. With them, the head reads many tokens, as `labels` looks at them.
+    summing to one, be it for or against the label; None without label queries. With them, the head reads
+    many tokens, as the query of `labels` looks at them.
     """
 
     logits: Tensor
