@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vitrail.flags import BenchFlags, EvaluateFlags, ExplainFlags, PredictFlags, ReportFlags, TrainFlags
-from vitrail.verbs import _parse, _preset_config, _take_preset
+from vitrail.verbs.speak import parse
+from vitrail.verbs.training import preset_config, take_preset
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,13 +26,13 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_commands_parse(page: str, command: str) -> None:
+def test_commandsparse(page: str, command: str) -> None:
     verb, *arguments = shlex.split(command)
     if "--help" in arguments:
         return
     if verb == "train":
-        preset, arguments = _take_preset(arguments)
-        flags = _parse(TrainFlags, verb, arguments, TrainFlags(_preset_config(preset)))
+        preset, arguments = take_preset(arguments)
+        flags = parse(TrainFlags, verb, arguments, TrainFlags(preset_config(preset)))
         assert flags.resume or flags.config.data
     else:
         kinds = {
@@ -41,7 +42,7 @@ def test_commands_parse(page: str, command: str) -> None:
             "report": ReportFlags,
             "bench": BenchFlags,
         }
-        _parse(kinds[verb], verb, arguments)
+        parse(kinds[verb], verb, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitrail.errors import Interrupted, VitrailError, VitrailWarning
-from vitrail.verbs import VERBS, say
+from vitrail.verbs import VERBS
+from vitrail.verbs.speak import say
 
 HELP = """\
 vitrail: Vision Transformers for small images, from scratch, that one can see through.
