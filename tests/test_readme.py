@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.flags import BenchFlags, EvaluateFlags, ExplainFlags, PredictFlags, ReportFlags, TrainFlags
+from vitrail.flags import (
+    BenchFlags,
+    CompareFlags,
+    EvaluateFlags,
+    ExplainFlags,
+    PredictFlags,
+    ReportFlags,
+    TrainFlags,
+    VerifyResumeFlags,
+)
 from vitrail.verbs.speak import parse
 from vitrail.verbs.training import preset_config, take_preset
 
@@ -16,7 +25,7 @@ COMMANDS = sorted(
     {
         (page.name, line)
         for page in PAGES
-        for line in re.findall(r"vitrail ((?:train|evaluate|predict|explain|report|bench) [^`#\n]*)", page.read_text())
+        for line in re.findall(r"vitrail ((?:train|evaluate|predict|explain|report|bench|compare|verify-resume) [^`#\n]*)", page.read_text())
     }
 )
 
@@ -26,7 +35,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_commandsparse(page: str, command: str) -> None:
+def test_commands_parse(page: str, command: str) -> None:
     verb, *arguments = shlex.split(command)
     if "--help" in arguments:
         return
@@ -41,6 +50,8 @@ def test_commandsparse(page: str, command: str) -> None:
             "explain": ExplainFlags,
             "report": ReportFlags,
             "bench": BenchFlags,
+            "compare": CompareFlags,
+            "verify-resume": VerifyResumeFlags,
         }
         parse(kinds[verb], verb, arguments)
 

@@ -52,11 +52,12 @@ def test_pickle_canary(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     model, out = str(trained.folder), str(tmp_path / "out")
     for file in map(str, hostile_files(tmp_path / "hostile", canary)):
         uses = {
-            "train": [["tiny", "--data", file, "--out", out], ["--resume", "--out", file]],
+            "train": [["tiny", "--data", file, "--out", out], ["--resume", "--out", file], ["--init-from", file]],
             "evaluate": [[file], [model, "--data", file]],
             "predict": [["--model", file, picture], ["--model", model, file]],
             "explain": [[file, picture], [model, file]],
             "report": [[file, "--out", out], [model, "--data", file, "--out", out]],
+            "compare": [["data", "--data", file, "--out", out]],
             "verify-resume": [[file]],
             "bench": [],
         }
