@@ -234,8 +234,14 @@ def test_the_pixels_are_normalised_as_the_source_was(trained: Run, colour_folder
     second = train(begun, tmp_path / "second")
     assert second.config.data_sha256 != first.config.data_sha256  # of other images
     assert second.config.preprocessing == first.config.preprocessing
+    assert "mean and std of the pixels: those of the source" in read_notes(second)
     grey = train(make_config(init_from=str(first.folder)), tmp_path / "grey")
     assert grey.config.preprocessing == trained.config.preprocessing  # measured on its own
+    assert "mean and std of the pixels: measured on the new images" in read_notes(grey)
+
+
+def read_notes(run: Run) -> list[str]:
+    return json.loads((run.folder / "init.json").read_text())["notes"]
 
 
 def test_bad_weights_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,8 @@ class OptimConfig:
     label_smoothing: float = 0.1
     """Share of the label spread over all classes."""
     layer_decay: float = 1.0
-    """A block's learning rates over those of the block after it; patches and positions come before the first
-    block, the head, after the last, has the full rate. For weights that already know something; 1 is off."""
+    """A block's learning rates over those of the block after it; patches and positions come before the first block,
+    the head, after the last, has the full rate. For weights that already know something; 1 is off."""
 
     def __post_init__(self) -> None:
         _require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
@@ -272,9 +272,9 @@ class RunConfig:
     checkpoint_steps: int = 0
     """A checkpoint every so many steps; 0 for none by steps."""
     init_from: str = ""
-    """Begin with the weights of another model: a run folder, a checkpoint in one or a model that ships; timm:NAME
-    from the hub (timm:vit_tiny_patch16_224); a .safetensors file in timm's names; a folder of timm's or of Hugging
-    Face's ViT; an .npz of Google's. Positions and patches are resampled, the head is new for other classes."""
+    """Begin with the weights of another model: a run folder, a checkpoint in one or a model that ships; a name from
+    the hub (timm:vit_tiny_patch16_224); a .safetensors file in timm's names; a folder of a ViT from timm or Hugging
+    Face; a .npz of a ViT from Google. Positions and patches are resampled, the head is new for other classes."""
     freeze: Literal["none", "backbone"] = "none"
     """What does not learn: backbone leaves everything but the head as it began."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -76,37 +76,38 @@ def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Ten
     pre = config.preprocessing
     ours = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes)).state_dict()
     _check_dimensions(weights, ours, config)
-    new_head = _why_new_head(weights, ours, config)
-    taken = {n: t for n, t in weights.state.items() if n in ours and not (new_head and in_head(n))}
     _check_names(weights, ours)
-    state: dict[str, Tensor] = {}
-    loaded, resampled, new = list[Part](), list[Part](), list[Part]()
-    for name, fresh in ours.items():
-        part = Part(name, tuple(fresh.shape))
-        if name not in taken:
-            new.append(part)
-            if name.endswith(OFFSETS):
-                state[name] = torch.zeros_like(fresh)
-            continue
-        fitted = _fit(name, taken[name], fresh, config)
-        if fitted.shape != fresh.shape:
-            theirs = Part(name, tuple(taken[name].shape))
-            raise VitrailError(f"{weights.source}: {theirs} does not fit this model's {part}")
-        same = fitted.numel() == taken[name].numel() and torch.equal(fitted.flatten(), taken[name].flatten())
-        (loaded if same else resampled).append(part if same else Part(name, part.shape, tuple(taken[name].shape)))
-        state[name] = fitted
-    unused = tuple(Part(n, tuple(t.shape)) for n, t in weights.state.items() if n not in taken)
-    notes = _notes(weights, config, new_head)
-    return state, InitReport(weights.source, tuple(loaded), tuple(resampled), tuple(new), unused, notes)
+    new_head = _why_new_head(weights, ours, config)
+    theirs = {n: tensor for n, tensor in weights.state.items() if n in ours and not (new_head and in_head(n))}
+    state = {n: _fit(n, theirs[n], tensor, config) for n, tensor in ours.items() if n in theirs}
+    for name, tensor in state.items():
+        if tensor.shape != ours[name].shape:
+            there, here = _part(name, tensor), _part(name, ours[name])
+            raise VitrailError(f"{weights.source}: {there} does not fit this model's {here}")
+    same = {name for name, tensor in state.items() if torch.equal(tensor.flatten(), theirs[name].flatten())}
+    report = InitReport(
+        weights.source,
+        loaded=tuple(_part(name, ours[name]) for name in state if name in same),
+        resampled=tuple(_part(name, ours[name], theirs[name]) for name in state if name not in same),
+        new=tuple(_part(name, tensor) for name, tensor in ours.items() if name not in state),
+        unused=tuple(_part(name, tensor) for name, tensor in weights.state.items() if name not in theirs),
+        notes=tuple(_notes(weights, ours, config, new_head)),
+    )
+    offsets = {n: torch.zeros_like(tensor) for n, tensor in ours.items() if n.endswith(OFFSETS) and n not in state}
+    return state | offsets, report
+
+
+def _part(name: str, tensor: Tensor, was: Tensor | None = None) -> Part:
+    return Part(name, tuple(tensor.shape), None if was is None else tuple(was.shape))
 
 
 def _fit(name: str, theirs: Tensor, ours: Tensor, config: ResolvedConfig) -> Tensor:
-    """Their tensor in our shape, where there is a way; else as it is."""
-    if name == POSITIONS and theirs.ndim == 3:
+    """Their tensor in our shape, where there is a way; else in another."""
+    if name == POSITIONS and theirs.ndim == 3 and len(theirs) == 1:
         return _fit_positions(theirs, ours.shape[1])
-    if name.endswith(OFFSETS):
+    if name.endswith(OFFSETS) and theirs.ndim == 2 and math.isqrt(theirs.shape[1]) ** 2 == theirs.shape[1]:
         return _fit_offsets(theirs, ours.shape[1])
-    if theirs.ndim != 4:
+    if theirs.ndim != 4 or not (ours.ndim == 4 or name == PATCHES):
         return theirs
     patch_size, num_channels = config.model.patch_size, config.preprocessing.num_channels
     wanted = ours.shape if ours.ndim == 4 else torch.Size((len(ours), num_channels, patch_size, patch_size))
@@ -145,7 +146,7 @@ def _dimensions(state: Mapping[str, Tensor], num_heads: int | None) -> dict[str,
     hidden = state.get("blocks.0.mlp.fc1.weight")
     if hidden is None or hidden.ndim != 2:
         return {}
-    depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+    depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,4})\.", name)))
     width = hidden.shape[1]
     return {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": len(hidden) / width}
 
@@ -195,7 +196,7 @@ def _why_new_head(weights: Weights, ours: Mapping[str, Tensor], config: Resolved
     return None
 
 
-def _notes(weights: Weights, config: ResolvedConfig, new_head: str | None) -> tuple[str, ...]:
+def _notes(weights: Weights, ours: Mapping[str, Tensor], config: ResolvedConfig, new_head: str | None) -> list[str]:
     """What a person should know who reads the report."""
     model, notes = config.model, list[str]()
     if new_head:
@@ -207,6 +208,8 @@ def _notes(weights: Weights, config: ResolvedConfig, new_head: str | None) -> tu
         notes.append(f"heads: not told by the source, taken as {model.num_heads}{usual}")
     if weights.pool is None and not new_head and "cls_token" in weights.state:
         notes.append(f"pool: not told by the source, taken as {model.pool}")
-    told = weights.mean is not None and weights.adopt(config.preprocessing) == config.preprocessing
+    if any(name.endswith(OFFSETS) for name in ours) and not any(name.endswith(OFFSETS) for name in weights.state):
+        notes.append("relative position bias: new, at zero, so that the blocks do what they did")
+    told = (weights.mean, weights.std) == (config.preprocessing.mean, config.preprocessing.std)
     notes.append(f"mean and std of the pixels: {'those of the source' if told else 'measured on the new images'}")
-    return tuple(notes)
+    return notes

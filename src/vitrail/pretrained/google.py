@@ -71,7 +71,7 @@ def _turn(name: str, tensor: Tensor) -> Tensor:
         return tensor.permute(3, 2, 0, 1)
     if tensor.ndim == 3:
         tensor = tensor.flatten(0, 1) if name.endswith("/proj/weight") else tensor.flatten(1)
-    return tensor.T
+    return tensor.mT
 
 
 def _unstack(arrays: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,10 +39,11 @@ class Weights:
 
 
 def check_tensors(source: str | Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in fp32. Raises VitrailError if one is not of finite numbers with a fraction."""
+    """The tensors in fp32. Raises VitrailError if one is empty, or not of finite numbers with a fraction."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not (tensor.numel() and tensor.is_floating_point() and tensor.float().isfinite().all()):
             what = "numbers that are not finite" if tensor.is_floating_point() else str(tensor.dtype)
+            what = what if tensor.numel() else "nothing"
             raise VitrailError(f"{source}: {name} holds {what}; expected finite floating point weights")
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -61,7 +62,8 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not (found := re.fullmatch(r"(blocks\.\d+\.attn\.)query(\.weight|\.bias)", name)):
             continue
         names = [f"{found[1]}{part}{found[2]}" for part in ("query", "key", "value")]
-        if len({state[part].shape for part in names if part in state}) == 1 and all(part in state for part in names):
+        shapes = {state[part].shape if part in state else None for part in names}
+        if len(shapes) == 1 and state[name].ndim:
             fused[f"{found[1]}qkv{found[2]}"] = torch.cat([fused.pop(part) for part in names])
     return fused
 
