@@ -214,8 +214,6 @@ def test_a_matched_resnet_by_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     picture = save_image(tmp_path / "picture.png", (200, 0, 0))
     assert main(["explain", str(run), str(picture)]) == 2
     assert "ResNet has no attention to show" in capsys.readouterr().err
-    assert main(["report", str(run), "--quiet", "--out", str(tmp_path / "report.html")]) == 0
-    assert "ResNet has no attention" in (tmp_path / "report.html").read_text()
 
 
 def test_a_conv_stem_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +230,6 @@ def test_a_conv_stem_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "explained.png"
     assert main(["explain", str(run), str(picture), "--out", str(out)]) == 0
     assert out.exists()
-    assert main(["report", str(run), "--quiet", "--out", str(tmp_path / "report.html")]) == 0
 
 
 @pytest.mark.parametrize("model", [RESNET, replace(SMALL, patch_size=2, stem="conv")], ids=["resnet", "stem"])
