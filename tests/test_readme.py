@@ -25,7 +25,10 @@ COMMANDS = sorted(
     {
         (page.name, line)
         for page in PAGES
-        for line in re.findall(r"vitrail ((?:train|evaluate|predict|explain|report|bench|compare|verify-resume) [^`#\n]*)", page.read_text())
+        for line in re.findall(
+            r"vitrail ((?:train|evaluate|predict|explain|report|bench|compare|verify-resume) [^`#\n]*)",
+            page.read_text(),
+        )
     }
 )
 

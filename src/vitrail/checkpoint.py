@@ -129,16 +129,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 # Files of these kinds hold, or may hold, pickles: programs that run when they are read.
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".tar")
 
 
 def refuse_pickle(path: Path) -> None:
     """Raise VitrailError if `path` is named as pickled weights are; it is not opened."""
     if path.suffix.lower() in PICKLES:
+        new = path.with_suffix(".safetensors")
         raise VitrailError(
-            f"{path} is never opened: a pickle can run any program when it is read, and weights_only has been got "
-            f'round; only if you made it yourself, convert it: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')\""
+            f"{path} is a pickle, which can run any code when it is read, and is never opened (weights_only has been got "
+            f'round before); only if you trust who made it, convert it: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path}', weights_only=True), '{new}')\""
         )
 
 

@@ -7,7 +7,7 @@ state, report = fit_weights(weights, config)
 from vitrail.pretrained.fit import InitReport, fit_weights
 from vitrail.pretrained.sources import read_weights
 from vitrail.pretrained.timm_model import build_from_timm, convert_timm
-from vitrail.pretrained.weights import Weights, refuse_pickle
+from vitrail.pretrained.weights import Weights
 
 __all__ = [
     "InitReport",
@@ -16,5 +16,4 @@ __all__ = [
     "convert_timm",
     "fit_weights",
     "read_weights",
-    "refuse_pickle",
 ]

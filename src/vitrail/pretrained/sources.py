@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrail.checkpoint import load_tensors
+from vitrail.checkpoint import load_tensors, refuse_pickle
 from vitrail.errors import VitrailError
 from vitrail.pretrained.google import read_google
-from vitrail.pretrained.weights import Weights, check_tensors, fuse_qkv, import_timm, refuse_pickle, rename
+from vitrail.pretrained.weights import Weights, check_tensors, fuse_qkv, import_timm, rename
 from vitrail.run import list_bundled, load_run
 
 TIMM, TIMM_POOLS = "timm:", {"token": "cls", "avg": "mean"}

@@ -1,4 +1,4 @@
-"""The weights of another model under our names, with what is known of it; and what is never read."""
+"""The weights of another model under our names, with what is known of it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from vitrail.config import Preprocessing
 from vitrail.errors import VitrailError
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,6 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(shapes) == 1 and state[name].ndim:
             fused[f"{found[1]}qkv{found[2]}"] = torch.cat([fused.pop(part) for part in names])
     return fused
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise VitrailError, with the way to convert it, if `path` is by its name a pickle: reading one runs its code."""
-    if path.suffix.lower() in PICKLES:
-        new = path.with_suffix(".safetensors")
-        raise VitrailError(
-            f"{path} is a pickle, which can run any code when it is read; if you trust who made it, convert it: "
-            f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
-            f"'{new}')\""
-        )
 
 
 def import_timm(purpose: str) -> Any:
