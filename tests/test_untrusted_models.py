@@ -67,7 +67,7 @@ def test_pickle_canary(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
                 assert main([verb, *arguments]) == 2, (verb, arguments)
                 assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
         with pytest.raises(
-            VitrailError, match="is a pickle, which can run any code when it is read, and is never opened"
+            VitrailError, match="is a pickle, which can run any code when it is read"
         ):
             load_run(file)
     assert not canary.exists()
@@ -88,7 +88,7 @@ def test_pickle_canary_in_the_place_of_weights(trained: Run, tmp_path: Path) -> 
 
 def test_no_pickle_is_read_or_written_by_the_source() -> None:
     """But for the one unpickler of CIFAR-10's archive, which builds nothing."""
-    pattern = re.compile(r"torch\.(load|save)\(|\bpickle\b|allow_pickle|joblib|marshal|shelve")
+    pattern = re.compile(r"torch\.(load|save)\(|\bpickle\b|allow_pickle(?!=False)|joblib|marshal|shelve")
     found = {
         path.relative_to(ROOT / "src/vitrail").as_posix(): {m[0] for m in pattern.finditer(path.read_text())}
         for path in (ROOT / "src").rglob("*.py")

@@ -375,7 +375,7 @@ def _convert(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value)
     if typing.get_origin(kind) is tuple:
-        _require(isinstance(value, list), f"{value!r} is no list")
+        _require(isinstance(value, list | tuple), f"{value!r} is no list")
         return tuple(_convert(kind.__args__[0], item) for item in value)
     if typing.get_origin(kind) is Literal:
         _require(value in kind.__args__, f"{value!r} is none of {', '.join(map(repr, kind.__args__))}")
