@@ -468,6 +468,10 @@ def test_the_plan_is_printed_and_nothing_is_trained(tmp_path: Path, capsys: pyte
     assert "time: " in told
     assert "disk: " in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    other = ["2steps" if word == "1steps" else word for word in ask("regularisation", "--arms", "vit", "--out", out)]
+    assert main([*other, "--plan", "--json"]) == 0  # with nothing run as yet, another plan may take its place
+    told = json.loads(capsys.readouterr().out)
+    assert (told["runs"], len(told["to_do"]), set(told["budgets"].values())) == (3, 3, {"2steps"})
 
 
 def test_results_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ COST_GRIDS = (4, 6, 8, 12)
 
 @dataclass(frozen=True)
 class Speed:
-    """What a recipe takes: seconds of a step and of a look at val, operations of a step, bytes it leaves and needs."""
+    """What a recipe takes: seconds of a step and of a look at val, operations of a step, bytes it leaves and needs.
 
+    `model` is its model as it was resolved: all cells of the recipe have this one, whatever share of the data they
+    see, be it a ResNet matched to a ViT.
+    """
+
+    model: dict[str, Any]
     step_s: float
     val_s: float
     step_flops: float
@@ -91,17 +97,17 @@ def begin_measurements(out: Path, settings: Mapping[str, str], base: RunConfig) 
 def measure(known: Measurements, base: RunConfig, configs: Iterable[RunConfig], listener: Listener) -> Measurements:
     """`known` with the speed of every recipe among `configs`; what it has already is not measured again."""
     recipes = {key: config for config in configs if (key := _recipe(config)) not in known.speeds}
-    with_cost = known.settings["question"] == "scale" and not known.cost
-    if not recipes and not with_cost:
+    if not recipes:
         return known
     prepare_cpu(base.threads)
     began = time.monotonic()
     train_set, val_set, preprocessing = load_training_data(base, listener)
     read_s = time.monotonic() - began
-    resolved = replace(resolve(base, train_set, val_set, preprocessing), num_steps=PROBED_STEPS)
-    found = {key: _of_recipe(resolved, config) for key, config in recipes.items()}
+    resolve_here = partial(resolve, train_set=train_set, val_set=val_set, preprocessing=preprocessing)
+    found = {key: replace(resolve_here(config), num_steps=PROBED_STEPS) for key, config in recipes.items()}
     probes = {key: SpeedProbe(config, train_set, val_set) for key, config in found.items()}
-    costs = _lay_out_cost(resolved) if with_cost else []
+    with_cost = known.settings["question"] == "scale" and not known.cost
+    costs = _lay_out_cost(replace(resolve_here(base), num_steps=PROBED_STEPS)) if with_cost else []
     for i, (_, config) in enumerate(costs):
         images = _make_images(config)
         probes[str(i)] = SpeedProbe(config, images, images)
@@ -127,8 +133,9 @@ def _take_turns(probes: Mapping[str, SpeedProbe], patience_s: float, listener: L
 
 
 def _tell_speed(probe: SpeedProbe, step_s: float, config: ResolvedConfig) -> Speed:
-    model, state = (sum(t.nbytes for t in found.values()) for found in (probe.learner.result(), probe.learner.state()))
-    return Speed(step_s, probe.time_validation(), _step_flops(config), model, state)
+    tensors = (probe.learner.result(), probe.learner.state())
+    model, state = (sum(tensor.nbytes for tensor in held.values()) for held in tensors)
+    return Speed(to_dict(config.model), step_s, probe.time_validation(), _step_flops(config), model, state)
 
 
 def _step_flops(config: ResolvedConfig) -> float:
@@ -139,10 +146,6 @@ def _recipe(config: RunConfig) -> str:
     """A name for all of a config that decides its speed."""
     parts = [to_dict(getattr(config, name)) for name in ("model", "optim", "augment")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def _of_recipe(resolved: ResolvedConfig, config: RunConfig) -> ResolvedConfig:
-    return replace(resolved, model=config.model, optim=config.optim, augment=config.augment)
 
 
 def _lay_out_cost(resolved: ResolvedConfig) -> list[tuple[dict[str, Any], ResolvedConfig]]:

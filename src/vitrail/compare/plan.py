@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitrail.compare.measure import Measurements, begin_measurements, measure
+from vitrail.compare.measure import Measurements, Speed, begin_measurements, measure
 from vitrail.compare.questions import ARMS, Cell, get_question, lay_out_grid
-from vitrail.config import Budget, RunConfig, to_dict
+from vitrail.config import Budget, ModelConfig, RunConfig, from_dict, to_dict
 from vitrail.data import split_records
 from vitrail.errors import Listener, VitrailError, ignore_events
 from vitrail.run import load_run
@@ -19,11 +19,15 @@ SMALL_FILES_BYTES = 150_000
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a question in the order they run; `sizes` are the numbers of images of the source's splits."""
+    """The cells of a question in the order they run, with the speed of each by its name.
+
+    `sizes` are the numbers of images of the source's splits.
+    """
 
     question: str
     out: Path
     cells: list[Cell]
+    speeds: dict[str, Speed]
     measured: Measurements
     sizes: dict[str, int]
 
@@ -42,7 +46,7 @@ class Plan:
 
     def expect_seconds(self, cell: Cell) -> float:
         """Training with its looks at val, the images read, and the test split at the pace of val."""
-        speed, num_steps = self.measured.speed_of(cell.config), Budget.parse(cell.config.budget).amount
+        speed, num_steps = self.speeds[cell.name], Budget.parse(cell.config.budget).amount
         num_vals = num_steps * cell.config.optim.batch_size / self.sizes["train"] + 1
         evaluating = (num_vals + self.sizes["test"] / self.sizes["val"]) * speed.val_s
         reading = self.measured.read_s * sum(self.sizes.values()) / (self.sizes["train"] + self.sizes["val"])
@@ -51,9 +55,8 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """What the finished runs leave, and the checkpoints of the one that runs: two, while a third is written."""
-        speeds = [self.measured.speed_of(cell.config) for cell in self.cells]
-        left = sum(speed.model_bytes + SMALL_FILES_BYTES for speed in speeds)
-        return left + 3 * max(speed.checkpoint_bytes for speed in speeds)
+        left = sum(speed.model_bytes + SMALL_FILES_BYTES for speed in self.speeds.values())
+        return left + 3 * max(speed.checkpoint_bytes for speed in self.speeds.values())
 
     def describe(self) -> list[str]:
         """The plan in words: runs, time, disk."""
@@ -113,9 +116,10 @@ def make_plan(
     measured = measure(measured, base, [cell.config for cell in cells] + payers, listener)
     measured.save(out)
     lengths = _Lengths(measured, payers, sizes["train"], len(splits["train"].class_names))
-    cells = [_complete(cell, lengths.count_steps(cell), out) for cell in cells]
+    speeds = {cell.name: measured.speed_of(cell.config) for cell in cells}
+    cells = [_complete(cell, lengths.count_steps(cell), speeds[cell.name], out) for cell in cells]
     _check_begun(cells, out)
-    return Plan(question, out, cells, measured, sizes)
+    return Plan(question, out, cells, speeds, measured, sizes)
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,11 @@ class _Lengths:
         return plan_steps(budget, num_images, config.optim.batch_size, speed.step_s, speed.val_s)
 
 
-def _complete(cell: Cell, num_steps: int, out: Path) -> Cell:
-    """The cell with its length, and with the folder whose weights it begins with."""
+def _complete(cell: Cell, num_steps: int, speed: Speed, out: Path) -> Cell:
+    """The cell with its length, its model as it was resolved, and the folder whose weights it begins with."""
     begins_with = str(_cells_folder(out) / cell.begins_with) if cell.begins_with else ""
-    return replace(cell, config=replace(cell.config, budget=f"{num_steps}steps", init_from=begins_with))
+    model = replace(from_dict(ModelConfig, speed.model), match="none")
+    return replace(cell, config=replace(cell.config, budget=f"{num_steps}steps", init_from=begins_with, model=model))
 
 
 def _check_begun(cells: Sequence[Cell], out: Path) -> None:

@@ -30,10 +30,10 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 """What of the budget fine-tuning gets."""
 SIZES = (0.5, 0.75, 1.0, 1.5)
 """Width and depth over the recipe's own; heads keep their width."""
-# Not tuned as yet: a quarter of the peak, from a start that is not random, and no coarse images.
-FINE_TUNING = {"lr": 0.25, "muon_lr": 0.25}
 RESNET_LR = {"lr": 1.0, "muon_lr": 1.0}
-"""The ResNet's peak learning rates over the recipe's, which were chosen for the ViT."""
+"""The ResNet's peak learning rates over the recipe's, which were chosen for the ViT; not tuned as yet."""
+FINE_TUNING_LR = {"lr": 0.25, "muon_lr": 0.25}
+"""Those of fine-tuning over an arm's own; not tuned as yet."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _vary_fine_tuning(arm: str, config: RunConfig, classes: Sequence[str]) -> It
     if not arm.endswith("-scratch"):
         yield pretraining
         begins_with = pretraining.name
-        after = replace(after, optim=replace(_scale_lr(after, FINE_TUNING).optim, coarse_fraction=0.0))
+        after = _scale_lr(after, FINE_TUNING_LR)
     for share in SHARES:
         yield Cell(arm, share, after, share, begins_with=begins_with)
 
