@@ -66,9 +66,7 @@ def test_pickle_canary(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
             for arguments in calls:
                 assert main([verb, *arguments]) == 2, (verb, arguments)
                 assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-        with pytest.raises(
-            VitrailError, match="is a pickle, which can run any code when it is read"
-        ):
+        with pytest.raises(VitrailError, match="is a pickle, which can run any code when it is read"):
             load_run(file)
     assert not canary.exists()
     pickle.loads((tmp_path / "hostile" / "weights.pkl").read_bytes())

@@ -137,8 +137,8 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         new = path.with_suffix(".safetensors")
         raise VitrailError(
-            f"{path} is a pickle, which can run any code when it is read, and is never opened (weights_only has been got "
-            f'round before); only if you trust who made it, convert it: python -c "import torch, safetensors.torch as s; '
+            f"{path} is a pickle, which can run any code when it is read, and is never opened; if you trust who made "
+            f'it (weights_only has been got round), convert it: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path}', weights_only=True), '{new}')\""
         )
 
