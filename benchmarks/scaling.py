@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from vitrail.config import RunConfig
+from vitrail.config import ModelConfig, RunConfig
 from vitrail.data import SampleStream, load_training_data
 from vitrail.distributed import World, join_world
 from vitrail.errors import ignore_events
 from vitrail.learner import Learner
+from vitrail.model import count_flops, count_parameters
 from vitrail.presets import get_preset
 from vitrail.resolve import choose_machine, prepare_cpu, resolve
 
@@ -30,6 +31,7 @@ WARM_UP, NUM_STEPS = 3, 12
 # What the paper's sum takes for given: an A100's published bf16 peak, the share of it that a small ViT's step reaches
 # (a guess, and a kind one), NVLink within a machine of 8, one 200 Gbit/s card for each GPU beyond, latency per message.
 GPU_FLOP_PER_S, GPU_SHARE = 312e12, 0.3
+VIT_B_16 = ModelConfig(patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4)
 LINK_BYTES_PER_S = {8: 300e9, 256: 25e9}
 LATENCY_S = {8: 5e-6, 256: 15e-6}
 
@@ -117,7 +119,20 @@ def main() -> None:
         "two_processes_all_reduce_s": statistics.median(two["all_reduce_s"] for _, two in turns),
         "two_over_one": [statistics.median(ratios), min(ratios), max(ratios)],
     }
+    result["on_paper"] = {
+        name: [on_paper(*costs, batch, gpus) for gpus in LINK_BYTES_PER_S for batch in batches]
+        for name, costs, batches in (
+            (arguments.preset, _costs(config.model, 32, 10), (128, 4096)),
+            ("ViT-B/16", _costs(VIT_B_16, 224, 1000), (1024, 4096)),
+        )
+    }
     print(json.dumps(result, indent=1))
+
+
+def _costs(model: ModelConfig, image_size: int, num_classes: int) -> tuple[float, float]:
+    """Operations of training on one colour image, and the bytes of all gradients."""
+    shape = (model, image_size, 3, num_classes)
+    return 3 * count_flops(*shape), 4.0 * count_parameters(*shape)
 
 
 if __name__ == "__main__":

@@ -299,9 +299,9 @@ def test_the_figure_shows_the_label_and_its_rival(
         shares = torch.tensor(json.loads(capsys.readouterr().out)["explanation"]["logits"][0]).softmax(0)
         first, second = shares.argsort(descending=True)[:2].tolist()
         shown = (7, second if first == 7 else first) if flags else (first, second)
-        titles = [f"evidence for {k}, {shares[k]:.0%}" for k in shown]
+        titles = [f"where the query of {k} looks, {shares[k]:.0%}" for k in shown]
         svg = out.read_text()
-        assert svg.count("evidence for") == 2 + svg.count("<!-- evidence for")
+        assert svg.count("where the query of") == 2 + svg.count("<!-- where the query of")
         assert all(title in svg for title in titles)
         assert svg.index(titles[0]) < svg.index(titles[1])
 
