@@ -54,8 +54,8 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
                 axes.set_xscale("log")
                 places = sorted({mean["x"] for mean in means}) if key == "x" else None
                 _rule(axes.xaxis, places, "{x:.0%}" if results["question"] == "data" else "{x:g}")
-        if regime == EPOCHS:
-            _draw_fits(axes, summary["fits"], means)
+            if regime == EPOCHS:
+                _draw_fits(axes, summary["fits"], means)
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -66,7 +66,7 @@ def _draw_means(axes: Axes, means: Sequence[Row], key: str) -> None:
         y = np.array([row["test_accuracy"] for row in rows])
         ends = [[row[end] for row in rows] for end in ("low", "high")]
         spread = None if None in ends[0] else np.abs(np.array(ends) - y)
-        style = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.4, "color": COLOURS[arm]}
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.4, "color": COLOURS[arm]}
         axes.errorbar([row[key] for row in rows], y, spread, label=label(arm), **style)
 
 
@@ -76,7 +76,7 @@ def _draw_fits(axes: Axes, fits: Sequence[Row], means: Sequence[Row]) -> None:
         law = PowerLaw(fit["factor"], Interval(**fit["exponent"]))
         places = [mean["pflop"] for mean in means if mean["arm"] == fit["arm"]]
         x = np.geomspace(min(places), max(places), 50)
-        style = {"color": COLOURS[fit["arm"]], "linewidth": 1, "linestyle": (0, (4, 2))}
+        style: dict[str, Any] = {"color": COLOURS[fit["arm"]], "linewidth": 1, "linestyle": (0, (4, 2))}
         axes.plot(x, [1 - law.at(place) for place in x], label=f"{label(fit['arm'])}, fitted", **style)
 
 
