@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 
 from vitrail.compare.questions import get_question
 from vitrail.compare.statistics import Interval, PowerLaw
-from vitrail.compare.summary import label
+from vitrail.compare.summary import EPOCHS, label
 from vitrail.figures import BLUE, GREEN, MUTED, ORANGE, styled
 
+Row = Mapping[str, Any]
 COLOURS = {
     "vit": BLUE,
     "vit-label-query": GREEN,
@@ -21,91 +24,79 @@ COLOURS = {
     "resnet": ORANGE,
     "resnet-scratch": MUTED,
 }
-MARKERS = {"": "o", "equal epochs": "o", "equal compute": "s"}
-AXES = {"seconds": "seconds of training", "pflop": "PFLOP of training"}
+COST = "cost"
+PANELS = {
+    "data": [("", "x")],
+    "regularisation": [("", "x")],
+    "transfer": [("", "seconds"), ("", "pflop")],
+    "scale": [(EPOCHS, "pflop"), ("equal compute", "x"), ("", COST)],
+}
+"""For each question, which runs a panel shows and what lies along its x."""
+X_LABELS = {"seconds": "seconds of training", "pflop": "PFLOP of training"}
 
 
 @styled
 def draw_results(results: Mapping[str, Any]) -> Figure:
-    """The question's picture from what `results.json` holds: one panel, or two where there are two measures of cost."""
-    name, summary = results["question"], results["summary"]
-    panels = {"data": ["x"], "regularisation": ["x"], "transfer": ["seconds", "pflop"], "scale": ["pflop", "cost"]}[
-        name
-    ]
-    figure = Figure(figsize=(5.6 * len(panels), 3.8), dpi=120, layout="constrained")
-    figure.suptitle(get_question(name).title, fontsize=9)
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        if panel == "cost":
-            _draw_cost(axes, summary["cost"])
-            continue
-        _draw_means(axes, summary["means"], panel)
-        _draw_fits(axes, summary.get("fits", []), summary["means"])
-        _label_x(axes, name, panel, summary["means"])
-        axes.set_ylabel("test accuracy, 95% interval over seeds")
-        axes.yaxis.set_major_formatter("{x:.0%}")
+    """The question's picture from what `results.json` holds."""
+    question, summary, panels = get_question(results["question"]), results["summary"], PANELS[results["question"]]
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=120, layout="constrained")
+    figure.suptitle(question.title)
+    for axes, (regime, key) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        if key == COST:
+            _draw_cost(axes, summary["cost"])
+        else:
+            means = [mean for mean in summary["means"] if mean["regime"] == regime]
+            _draw_means(axes, means, key)
+            axes.set(title=regime, xlabel=X_LABELS.get(key, question.x_label), ylabel="test accuracy, 95% intervals")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            if results["question"] != "regularisation":
+                axes.set_xscale("log")
+                places = sorted({mean["x"] for mean in means}) if key == "x" else None
+                _rule(axes.xaxis, places, "{x:.0%}" if results["question"] == "data" else "{x:g}")
+            if regime == EPOCHS:
+                _draw_fits(axes, summary["fits"], means)
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_means(axes: Axes, means: Sequence[Mapping[str, Any]], key: str) -> None:
-    for regime, arm in dict.fromkeys((mean["regime"], mean["arm"]) for mean in means):
-        rows = [mean for mean in means if (mean["regime"], mean["arm"]) == (regime, arm)]
+def _draw_means(axes: Axes, means: Sequence[Row], key: str) -> None:
+    for arm in dict.fromkeys(mean["arm"] for mean in means):
+        rows = [mean for mean in means if mean["arm"] == arm]
         y = np.array([row["test_accuracy"] for row in rows])
-        ends = [[row["low"] for row in rows], [row["high"] for row in rows]]
+        ends = [[row[end] for row in rows] for end in ("low", "high")]
         spread = None if None in ends[0] else np.abs(np.array(ends) - y)
-        name = label(arm) + (f", {regime}" if regime else "")
-        axes.errorbar(
-            [row[key] for row in rows],
-            y,
-            spread,
-            color=COLOURS[arm],
-            marker=MARKERS[regime],
-            linestyle="none" if regime else "-",
-            markersize=4,
-            capsize=3,
-            linewidth=1.4,
-            label=name,
-        )
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.4, "color": COLOURS[arm]}
+        axes.errorbar([row[key] for row in rows], y, spread, label=label(arm), **style)
 
 
-def _label_x(axes: Axes, name: str, key: str, means: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_xlabel(AXES.get(key) or get_question(name).x_label)
-    if name == "regularisation":
-        return
-    axes.set_xscale("log")
-    if key == "x":
-        ticks = sorted({mean["x"] for mean in means})
-        axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-        axes.minorticks_off()
-
-
-def _draw_fits(axes: Axes, fits: Sequence[Mapping[str, Any]], means: Sequence[Mapping[str, Any]]) -> None:
+def _draw_fits(axes: Axes, fits: Sequence[Row], means: Sequence[Row]) -> None:
     """The fitted power laws of the error, over the operations that were fitted."""
     for fit in fits:
         law = PowerLaw(fit["factor"], Interval(**fit["exponent"]))
-        places = [mean["pflop"] for mean in means if mean["arm"] == fit["arm"] and mean["regime"] == "equal epochs"]
+        places = [mean["pflop"] for mean in means if mean["arm"] == fit["arm"]]
         x = np.geomspace(min(places), max(places), 50)
-        axes.plot(x, [1 - law.at(place) for place in x], color=COLOURS[fit["arm"]], linewidth=1, linestyle=(0, (4, 2)))
+        style: dict[str, Any] = {"color": COLOURS[fit["arm"]], "linewidth": 1, "linestyle": (0, (4, 2))}
+        axes.plot(x, [1 - law.at(place) for place in x], label=f"{label(fit['arm'])}, fitted", **style)
 
 
-def _draw_cost(axes: Axes, cost: Sequence[Mapping[str, Any]]) -> None:
-    """Seconds of a step over its counted operations, each varied thing a line, its values beside the points."""
+def _draw_cost(axes: Axes, cost: Sequence[Row]) -> None:
+    """Seconds of a step over its counted operations, a line for each thing that is varied, its values at the points."""
     for varied, colour in (("patches", BLUE), ("width", ORANGE)):
         rows = [row for row in cost if row["varies"] == varied]
-        axes.loglog(
-            [row["gflop"] for row in rows],
-            [row["step_s"] for row in rows],
-            "o-",
-            color=colour,
-            markersize=4,
-            label=varied,
-        )
+        x, y = ([row[key] for row in rows] for key in ("gflop", "step_s"))
+        axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.4, label=varied)
         for row in rows:
-            axes.annotate(
-                str(row[varied]), (row["gflop"], row["step_s"]), (4, -9), textcoords="offset points", fontsize=7
-            )
-    axes.set(xlabel="GFLOP of a training step, counted", ylabel="seconds of a step, measured")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+            place = (row["gflop"], row["step_s"])
+            axes.annotate(str(row[varied]), place, (4, -9), textcoords="offset points", fontsize=7)
+    axes.set(title="cost of a ViT's step", xlabel="GFLOP, counted", ylabel="seconds, measured")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _rule(axis)
+
+
+def _rule(axis: Axis, places: Sequence[float] | None = None, form: str = "{x:g}") -> None:
+    """Mark a logarithmic axis at these places, or else as a ruler is."""
+    axis.set_major_locator(FixedLocator(places) if places else LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(form)

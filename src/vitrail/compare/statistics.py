@@ -33,9 +33,18 @@ class Interval:
 
     def show(self, form: str) -> str:
         """The mean and its ends, each as the format `form` has it."""
+        return f"{show_number(self.mean, form)} ({self.show_ends(form)})"
+
+    def show_ends(self, form: str) -> str:
+        """The ends alone, as the format `form` has them."""
         if self.low is None or self.high is None:
-            return f"{self.mean:{form}} (one seed, no interval)"
-        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+            return "one seed, no interval"
+        return f"{show_number(self.low, form)} to {show_number(self.high, form)}"
+
+
+def show_number(value: float, form: str) -> str:
+    """A number as the format `form` has it, with a minus that is one."""
+    return f"{value:{form}}".replace("-", "−")
 
 
 def estimate_mean(values: Sequence[float]) -> Interval:
@@ -52,12 +61,11 @@ def pair(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     return estimate_mean(shared) if shared else None
 
 
-def say_difference(what: str, difference: Interval, unit: str = "points") -> str:
-    """A sentence: the difference, or that none is seen. The difference comes in `unit`."""
-    if difference.low is None:
-        return f"{what}: {difference.mean:+.1f} {unit} (one seed, no interval)"
-    seen = f"{difference.mean:+.1f} {unit}" if difference.sees_difference else "no difference seen"
-    return f"{what}: {seen} ({difference.low:+.1f} to {difference.high:+.1f})"
+def say_difference(what: str, difference: Interval) -> str:
+    """A sentence on a difference in points: how large, or that none is seen."""
+    if difference.low is None or difference.sees_difference:
+        return f"{what}: {show_number(difference.mean, '+.1f')} points ({difference.show_ends('+.1f')})"
+    return f"{what}: no difference seen ({difference.show_ends('+.1f')})"
 
 
 def find_crossings(x: Sequence[float], a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -94,14 +102,14 @@ def find_cost(accuracy: float, curve: Sequence[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = factor · x^exponent, with the exponent's interval."""
+    """y = factor · x^−exponent, with the exponent's interval: above zero where y falls."""
 
     factor: float
     exponent: Interval
 
     def at(self, x: float) -> float:
         """The curve's height at `x`."""
-        return self.factor * x**self.exponent.mean
+        return self.factor * x**-self.exponent.mean
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
@@ -109,7 +117,8 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
     if len(x) < 3 or len(set(x)) < 2 or min(y) <= 0:
         return None
     fit: Any = stats.linregress(np.log(x), np.log(y))
-    exponent = Interval(float(fit.slope), *_around(float(fit.slope), float(fit.stderr), len(x) - 2), len(x))
+    falling = -float(fit.slope)
+    exponent = Interval(falling, *_around(falling, float(fit.stderr), len(x) - 2), len(x))
     return PowerLaw(math.exp(fit.intercept), exponent)
 
 

@@ -18,6 +18,7 @@ from vitrail.compare.statistics import (
 
 Row = Mapping[str, Any]
 EPOCHS = "equal epochs"
+UNITS = {"seconds": "seconds", "pflop": "PFLOP"}
 
 
 def summarise(name: str, cells: Sequence[Row], cost: Sequence[Row]) -> dict[str, Any]:
@@ -85,16 +86,16 @@ def _cross(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> di
         ys = [[curve[x] for x in xs] for curve in curves]
         gaps = [p - q for p, q in zip(*ys, strict=True)]
         places = find_crossings(xs, *ys)
-        ends = " and ".join(question.x_words.format(x) for x in (places or (xs[0], xs[-1])))
         if places:
-            sentence = f"the mean curves of {label(a)} and {label(b)} cross at {ends}"
+            where = " and ".join(map(question.x_words.format, places))
+            sentence = f"the mean curves of {label(a)} and {label(b)} cross at {where}"
         else:
             side = "above" if sum(gaps) > 0 else "below"
             near, far = (pick(map(abs, gaps)) for pick in (min, max))
-            sentence = (
-                f"{label(a)} stays {side} {label(b)} between {ends}: the mean curves are {near:.1f} to {far:.1f} "
-                "points apart and do not cross"
-            )
+            sentence = f"{label(a)} stays {side} {label(b)}, by {near:.1f} to {far:.1f} points in the mean; no crossing"
+        pairs = (pair(*(_points(cells, arm=arm, x=x) for arm in (a, b))) for x in xs)
+        if not any(difference is not None and difference.sees_difference for difference in pairs):
+            sentence += ", though no difference is seen anywhere"
         found.append({"arm": a, "against": b, "at": places, "gaps": gaps, "sentence": sentence})
     return {"crossings": found, "sentences": [crossing["sentence"] for crossing in found]}
 
@@ -113,7 +114,7 @@ def _gain(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> dic
 def _weigh(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> dict[str, Any]:
     """How many times the cost of the second arm the first one needs for an accuracy that both reach, seed by seed."""
     found: list[dict[str, Any]] = []
-    for (a, b), unit in ((names, unit) for names in question.pairs for unit in ("seconds", "pflop")):
+    for (a, b), unit in ((names, unit) for names in question.pairs for unit in UNITS):
         curves = [_curves(cells, arm, unit) for arm in (a, b)]
         costs: list[dict[int, float]] = [{}, {}]
         for seed in curves[0].keys() & curves[1].keys():
@@ -124,9 +125,9 @@ def _weigh(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> di
         if difference is None:
             continue
         ratio = difference.map(math.exp)
-        what = f"{label(a)} over {label(b)}, fine-tuning {unit} for an accuracy that both reach"
-        unseen = ratio.low is not None and not difference.sees_difference
-        sentence = f"{what}: {'no difference seen, ' if unseen else ''}{ratio.show('.2f')} times"
+        what = f"{label(a)} over {label(b)}, fine-tuning {UNITS[unit]} for an accuracy that both reach"
+        seen = ratio.low is None or difference.sees_difference
+        sentence = f"{what}: {ratio.show('.2f')} times" + ("" if seen else ", no difference seen")
         found.append({"arm": a, "against": b, "unit": unit, **asdict(ratio), "sentence": sentence})
     return {"cost_ratios": found, "sentences": [ratio["sentence"] for ratio in found]}
 
@@ -139,7 +140,7 @@ def _fit(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> dict
         fit = fit_power_law([cell["pflop"] for cell in chosen], [1 - cell["test_accuracy"] for cell in chosen])
         if fit is not None:
             exponent = fit.exponent.show(".3f")
-            sentence = f"{label(arm)}: error = {fit.factor:.3g} · PFLOP^b at equal epochs, b = {exponent}"
+            sentence = f"{label(arm)}: error = {fit.factor:.3g} · PFLOP^−b at equal epochs, b = {exponent}"
             found.append({"arm": arm, "factor": fit.factor, "exponent": asdict(fit.exponent), "sentence": sentence})
     return {"fits": found, "sentences": [fit["sentence"] for fit in found]}
 
