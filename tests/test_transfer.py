@@ -169,7 +169,7 @@ def test_what_a_frozen_backbone_measures_stays_too(monkeypatch: pytest.MonkeyPat
             return self.fc(self.bn(self.conv(images)).relu().mean((2, 3)))
 
     monkeypatch.setattr("vitrail.learner.build_model", Convolutional)
-    learner = Learner(replace(world.make_resolved(), freeze="backbone"))
+    learner = Learner(replace(world.make_resolved(optimizer="adamw"), freeze="backbone"))
     before = {name: tensor.clone() for name, tensor in learner.state().items()}
     images = world.make_images(world.BATCH_SIZE)
     learner.step(images.take(learner.share), 3)

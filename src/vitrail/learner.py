@@ -218,17 +218,15 @@ class Learner:
             for (name, _), value in zip(self.model.named_parameters(), self._average.values, strict=True):
                 value.copy_(spread(tensors[f"ema.{name}"], like=value))
             self._average.num_averaged.copy_(tensors["num_averaged"])
-        parameters = dict(self.model.named_parameters())
-        for name, slots in self._slots().items():
+        for (name, parameter), slots in zip(self.model.named_parameters(), self._slots().values(), strict=True):
             for slot, value in _under(f"optim.{name}.", tensors).items():
                 # A count of steps is one number, everything else has the parameter's shape.
-                slots[slot] = spread(value, like=parameters[name]) if value.ndim else value
+                slots[slot] = spread(value, like=parameter) if value.ndim else value
 
     def _slots(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizers keep for each parameter that learns, by its name, in the model's order."""
+        """What the optimizers keep for each parameter, by its name, in the model's order."""
         owners = {parameter: o for o in self._optimizers for group in o.param_groups for parameter in group["params"]}
-        learning = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter in owners)
-        return {name: owners[parameter].state[parameter] for name, parameter in learning}
+        return {name: owners[parameter].state[parameter] for name, parameter in self.model.named_parameters()}
 
 
 def _freeze_backbone(model: nn.Module) -> None:

@@ -31,8 +31,6 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     rest: list[nn.Parameter] = []
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if id(parameter) not in weights:
             rest.append(parameter)
         elif name.startswith(HIDDEN):
@@ -123,7 +121,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def build_optimizers(
     model: nn.Module, config: OptimConfig, num_muons: int = 1, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv 1711.05101) for everything that learns, or Muon for the hidden matrices and AdamW for the rest.
+    """AdamW (arXiv 1711.05101) for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     The hidden matrices may be dealt out to several Muons, to step side by side: each matrix moves alone,
     so the result is the same. `dtype`: what Muon orthogonalises in.
@@ -140,7 +138,7 @@ def build_optimizers(
     ]
     # By shape first, so that each gets nearly as much of every shape.
     hidden.sort(key=lambda matrix: tuple(matrix.shape))
-    for i in range(min(num_muons, len(hidden)) if config.optimizer == "muon" else 0):
+    for i in range(num_muons if config.optimizer == "muon" else 0):
         part = _group_by_lr(hidden[i::num_muons], shares, config.muon_lr)
         optimizers.append(Muon(part, config.muon_lr, config.muon_weight_decay, dtype=dtype))
     for optimizer in optimizers:
