@@ -256,6 +256,20 @@ def test_image_evil_wrong_names_and_kinds(tmp_path: Path) -> None:
         open_image(tmp_path)
 
 
+def test_image_evil_pipes_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no plain file is not waited for, and what no image is as large as is not read."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadImageError, match="not a file"):
+        open_image(tmp_path / "pipe.png")
+    with (tmp_path / "huge.webp").open("wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(BadImageError, match="17180 MB are too many for an image"):
+        open_image(tmp_path / "huge.webp")
+    monkeypatch.setenv("VITRAIL_MAX_PIXELS", "many")
+    with pytest.raises(VitrailError, match="VITRAIL_MAX_PIXELS is 'many'; give a whole number"):
+        open_image(encode(picture(), "PNG"))
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_image_evil_truncated_and_changed(kind: str) -> None:
     """Cut anywhere, or with any bytes changed: an image within the limits, or refused, and never another error."""

@@ -6,6 +6,9 @@ import pickle
 import random
 import re
 import resource
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,4 +211,35 @@ def test_a_refusal_tells_how_to_convert(suffix: str, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     weights = tmp_path / "weights"
-    assert f"torch.load('{weights}{suffix.upper()}', weights_only=True), '{weights}.safetensors')" in said
+    assert said.endswith(f'sys.argv[2])" {weights}{suffix.upper()} {weights}.safetensors\n')
+
+
+def test_the_command_that_converts_is_safe_to_paste(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name does not get to run in the shell of whoever follows the advice; the advice works."""
+    canary = tmp_path / "canary"
+    for name in (f"$(touch {canary.name}).pt", f"`touch {canary.name}`.pt", f'"; touch {canary.name}; ".pt'):
+        file = tmp_path / name
+        torch.save({"weight": torch.ones(2)}, file)
+        assert main(["evaluate", str(file)]) == 2
+        command = capsys.readouterr().err.split("convert it: ")[1].replace("python ", f"{sys.executable} ", 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert not canary.exists()
+        assert load_file(file.with_suffix(".safetensors"))["weight"].tolist() == [1, 1]
+
+
+def test_hostile_files_beside_the_weights(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics, environment and states that are not what vitrail writes: one line, from every verb that reads them."""
+    run = shutil.copytree(trained.folder, tmp_path / "run")
+    for name, contents in (
+        ("metrics.jsonl", ("[1]", '{"step": 1}', "{no json", "[" * 100_000, '{"step": "x"}')),
+        ("environment.json", ("[1]", '{"command": 7}', "{no json", '{"command": [1]}')),
+    ):
+        sound = (run / name).read_text()
+        for content in contents:
+            (run / name).write_text(content)
+            assert main(["report", str(run), "--out", str(tmp_path / "page.html"), "--quiet"]) == 2, content
+            assert name in capsys.readouterr().err.splitlines()[-1]
+        (run / name).write_text(sound)
+    save_file(load_file(run / "model.safetensors") | {"head.weight": torch.tensor(1.0)}, run / "model.safetensors")
+    with pytest.raises(VitrailError, match=r"head\.weight is \[\] there, \[10, 64\] by the config"):
+        load_run(run).load_model()

@@ -9,6 +9,7 @@ step_NNNNNNNN/
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Generator, Mapping
@@ -24,6 +25,8 @@ from vitrail.errors import VitrailError, VitrailWarning
 
 KEPT = 2
 FILES = ("state.safetensors", "state.json")
+# No file of a run here was ever near these sizes; larger ones are not read.
+MAX_JSON_BYTES, MAX_TENSOR_BYTES = 2**26, 2**34
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -88,7 +91,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, A
     for path in reversed(found):
         damage = find_damage(path)
         if damage is None:
-            return load_tensors(path / FILES[0]), json.loads((path / FILES[1]).read_text())
+            return load_tensors(path / FILES[0]), read_json(path / FILES[1])
         warnings.warn(f"{damage}; going back to the checkpoint before it", VitrailWarning, stacklevel=2)
     if found:
         raise VitrailError(f"no checkpoint in {folder} is sound; train again with another --out")
@@ -98,9 +101,9 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, A
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file, or None if its files have the hashes they were saved with."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_json(path / "manifest.json")
         expected = {name: str(manifest[name]) for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (VitrailError, KeyError, TypeError):
         return f"{path / 'manifest.json'} is missing or not what vitrail writes"
     for name in FILES:
         try:
@@ -123,9 +126,27 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises VitrailError if it is none."""
     try:
+        _check_size(path, MAX_TENSOR_BYTES)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise VitrailError(f"cannot read {path}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises VitrailError if it holds none."""
+    try:
+        _check_size(path, MAX_JSON_BYTES)
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise VitrailError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
+        raise VitrailError(f"{path} is not valid JSON: {error}") from error
+
+
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise VitrailError(f"{path} has {size / 2**20:.0f} MiB; at most {limit / 2**20:g} are read")
 
 
 # Files of these kinds hold, or may hold, pickles: programs that run when they are read.
@@ -135,11 +156,11 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".tar")
 def refuse_pickle(path: Path) -> None:
     """Raise VitrailError if `path` is named as pickled weights are; it is not opened."""
     if path.suffix.lower() in PICKLES:
-        new = path.with_suffix(".safetensors")
+        names = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
         raise VitrailError(
             f"{path} is a pickle, which can run any code when it is read, and is never opened; if you trust who made "
-            f'it (weights_only has been got round), convert it: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path}', weights_only=True), '{new}')\""
+            'it (weights_only has been got round), convert it: python -c "import sys, torch, safetensors.torch as s; '
+            f's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" {names}'
         )
 
 

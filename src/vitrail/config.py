@@ -21,6 +21,9 @@ T = TypeVar("T")
 MIN_TOKENS = 16
 # Larger ones were never meant, and would be refused by the memory instead.
 MAX_WIDTH, MAX_DEPTH, MAX_IMAGE_SIZE = 2**16, 1000, 4096
+MAX_THREADS, MAX_BATCH_SIZE = 1024, 2**20
+# Attention weights of one image, over all blocks and heads: 8 GiB in fp32.
+MAX_LOOKS = 2**31
 
 
 def _require(condition: bool, message: str) -> None:
@@ -143,7 +146,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
+        size = self.batch_size
+        _require(1 <= size <= MAX_BATCH_SIZE, f"batch_size is {size}; give at least 1, at most {MAX_BATCH_SIZE}")
         _require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)
@@ -287,7 +291,8 @@ class RunConfig:
         for name in ("checkpoint_minutes", "checkpoint_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}; give 0 (never) or more")
-        _require(self.threads >= 0, f"threads is {self.threads}; give 0 (all cores) or more")
+        threads = self.threads
+        _require(0 <= threads <= MAX_THREADS, f"threads is {threads}; give 0 (all cores) to {MAX_THREADS}")
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; give 0 to {2**31 - 1}")
 
 
@@ -309,6 +314,14 @@ class ResolvedConfig(RunConfig):
     """Of the pixels, labels and class names of train and val."""
     num_processes: int = 1
     """How many processes the run began with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_train", "num_val", "epoch_images", "num_steps", "num_processes"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; no run has fewer than 1")
+        distinct = len(set(self.classes))
+        _require(2 <= distinct == len(self.classes), f"{distinct} different classes of {len(self.classes)} are named")
 
     @property
     def images_per_val(self) -> int:
@@ -347,7 +360,13 @@ def check_patches(model: ModelConfig, image_size: int) -> int:
         raise VitrailError(
             f"patch size {patch} does not divide the image size {side}; use --model.patch-size with one of {fitting}"
         )
-    return (side // patch) ** 2
+    num_patches = (side // patch) ** 2
+    if model.depth * model.num_heads * num_patches**2 > MAX_LOOKS:
+        raise VitrailError(
+            f"{num_patches} patches that all look at each other, in {model.depth} blocks of {model.num_heads} heads, "
+            "take more memory than there is; use a larger --model.patch-size or a smaller --input.image-size"
+        )
+    return num_patches
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from vitrail.run import Run
 
 # Few enough on a CPU that what a layer leaves behind stays in a core's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 32, 256
+# With more classes than this the confusion picture has numbers beside it instead of names, and grows no more.
+MAX_NAMED = 60
 
 
 def compute_logits(
@@ -102,13 +104,14 @@ def _draw_confusion(metrics: Metrics) -> Any:
     names = [printable(name) for name in metrics.per_class]
     counts = torch.tensor(metrics.confusion)
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    side = max(4.5, 0.55 * len(names) + 2)
+    side = max(4.5, 0.55 * min(len(names), MAX_NAMED) + 2)
     figure = Figure(figsize=(side, side), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    with mpl.rc_context({"text.parse_math": False}):
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(names)), names)
+    if len(names) <= MAX_NAMED:
+        with mpl.rc_context({"text.parse_math": False}):
+            axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+            axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(f"accuracy {metrics.accuracy:.1%} on {metrics.count} images")
     if len(names) <= 30:

@@ -221,7 +221,7 @@ class Learner:
         for (name, parameter), slots in zip(self.model.named_parameters(), self._slots().values(), strict=True):
             for slot, value in _under(f"optim.{name}.", tensors).items():
                 # A count of steps is one number, everything else has the parameter's shape.
-                slots[slot] = spread(value, like=parameter) if value.ndim else value
+                slots[slot] = spread(value.reshape(parameter.shape), like=parameter) if value.ndim else value
 
     def _slots(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizers keep for each parameter, by its name, in the model's order."""

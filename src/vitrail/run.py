@@ -28,6 +28,7 @@ from vitrail.checkpoint import (
     list_checkpoints,
     load_newest_checkpoint,
     load_tensors,
+    read_json,
     refuse_pickle,
     save_checkpoint,
     save_tensors,
@@ -41,6 +42,8 @@ from vitrail.model import build_model
 
 # Runs that ship with the package; a name there is a model's name everywhere.
 BUNDLED = Path(__file__).parent / "models"
+# What every line of metrics.jsonl tells.
+METRICS = ("step", "epoch", "train_loss", "val_loss", "val_accuracy", "lr", "images_per_s", "elapsed_s")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,24 @@ class Run:
         return self.folder / "checkpoints"
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl. Raises VitrailError if they are not what vitrail writes."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            if all(isinstance(row[name], int | float) for row in rows for name in METRICS):
+                return rows
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise VitrailError(f"{path} is not what vitrail writes: {error}") from error
+        raise VitrailError(f"{path} is not what vitrail writes: it holds other things than numbers")
+
+    def read_environment(self) -> dict[str, Any]:
+        """Versions, machine and command, if the run kept them. Raises VitrailError for anything else."""
+        path = self.folder / "environment.json"
+        found = read_json(path) if path.exists() else {}
+        command = found.get("command", []) if isinstance(found, dict) else None
+        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+            raise VitrailError(f"{path} is not what vitrail writes; remove it")
+        return found
 
     def write_metrics(self, rows: list[dict[str, float]]) -> None:
         """Replace metrics.jsonl. Raises VitrailError if it cannot be written."""
@@ -118,7 +136,7 @@ class Run:
         pre = self.config.preprocessing
         build = partial(build_model, self.config.model, pre.image_size, pre.num_channels, len(self.config.classes))
         head = state.get("head.weight")
-        if head is not None and len(head) != len(self.config.classes):
+        if head is not None and head.ndim and len(head) != len(self.config.classes):
             raise VitrailError(
                 f"{self.weights} tells {len(head)} classes apart, its config names {len(self.config.classes)}; "
                 "the two do not belong together"
@@ -186,11 +204,7 @@ def load_run(model: str | Path) -> Run:
             f"no model at {path}: expected a run folder with config.json, a checkpoint in one, "
             f"or a model that ships ({', '.join(list_bundled())})"
         )
-    try:
-        values = json.loads(config_file.read_text())
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
-        raise VitrailError(f"{config_file} is not valid JSON: {error}") from error
-    return Run(folder, from_dict(ResolvedConfig, values), weights)
+    return Run(folder, from_dict(ResolvedConfig, read_json(config_file)), weights)
 
 
 def list_bundled() -> list[str]:

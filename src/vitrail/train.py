@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.checkpoint import write_text
-from vitrail.config import ResolvedConfig, RunConfig, to_dict
+from vitrail.config import ResolvedConfig, RunConfig, from_dict, to_dict
 from vitrail.data import ImageSet, SampleStream, fingerprint, load_training_data
 from vitrail.distributed import World, join_world
 from vitrail.errors import Event, Interrupted, Listener, VitrailError, VitrailWarning, ignore_events
@@ -221,8 +221,11 @@ def _begin(run: Run, learner: Learner, start: Tensors, world: World) -> _Progres
     """
     checkpoint = run.load_checkpoint()
     if checkpoint is not None:
-        learner.load_state(checkpoint[0])
-        return _Progress(**checkpoint[1])
+        try:
+            learner.load_state(checkpoint[0])
+            return from_dict(_Progress, checkpoint[1])
+        except (KeyError, RuntimeError, VitrailError) as error:
+            raise VitrailError(f"the checkpoint of {run.folder} does not fit its config.json: {error}") from error
     if start:
         learner.begin_with(start)
         _save(run, learner, _Progress(), world)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import struct
 import tempfile
 import zlib
@@ -29,11 +30,12 @@ MAX_IN_MEMORY_BYTES = 4 * 2**30
 # What is read, by content and not by name, and the most pixels of one image, checked before they are decoded.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 16_000_000
-
+# No image of so few pixels takes more bytes; some readers take in a whole file before they look at it.
+MAX_FILE_BYTES = 2**28
 
 # What Pillow's readers raise on a file that is not as its format says, beside OSError.
 MALFORMED = (ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
-             Image.DecompressionBombError, MemoryError)  # fmt: skip
+             Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)  # fmt: skip
 
 
 class BadImageError(VitrailError):
@@ -50,28 +52,48 @@ def open_image(item: Item) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
+    _check_file(item)
     try:
         with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS) as file:
             _check_pixels(*file.size)
             file.load()
             return _to_8_bits(ImageOps.exif_transpose(file))
     except UnidentifiedImageError as error:
-        raise BadImageError("not an image" + ("; it is empty" if _is_empty(item) else "")) from error
+        raise BadImageError("not an image") from error
     except (OSError, *MALFORMED) as error:
         raise BadImageError(str(error) or type(error).__name__) from error
 
 
+def _check_file(item: Path | bytes) -> None:
+    """Raise BadImageError, before a byte is read, if a file is none (a pipe would be waited for), empty or absurd."""
+    if isinstance(item, bytes):
+        size = len(item)
+    else:
+        try:
+            found = item.stat()
+        except (OSError, ValueError) as error:
+            raise BadImageError(getattr(error, "strerror", None) or str(error)) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise BadImageError("not a file")
+        size = found.st_size
+    if not size:
+        raise BadImageError("not an image; it is empty")
+    if size > MAX_FILE_BYTES:
+        raise BadImageError(
+            f"{size / 1e6:.0f} MB are too many for an image; at most {MAX_FILE_BYTES / 1e6:.0f} are read"
+        )
+
+
 def _check_pixels(width: int, height: int) -> None:
-    limit = int(os.environ.get("VITRAIL_MAX_PIXELS") or MAX_PIXELS)
+    asked = os.environ.get("VITRAIL_MAX_PIXELS") or str(MAX_PIXELS)
+    if not asked.isdecimal():
+        raise VitrailError(f"VITRAIL_MAX_PIXELS is '{asked}'; give a whole number of pixels")
+    limit = int(asked)
     if width * height > limit:
         raise BadImageError(
             f"{width}×{height} is {width * height / 1e6:.1f} million pixels, at most {limit / 1e6:g} are read; "
             "VITRAIL_MAX_PIXELS sets another limit"
         )
-
-
-def _is_empty(item: Path | bytes) -> bool:
-    return not (item if isinstance(item, bytes) else item.stat().st_size)
 
 
 def open_picture(image: str | Path | Image.Image) -> Image.Image:
@@ -88,7 +110,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
         scale = 255 / 65535 if image.mode != "F" else 255  # floats are taken as 0..1
-        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
+        return Image.fromarray(np.clip(np.nan_to_num(values * scale), 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

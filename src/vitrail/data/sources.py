@@ -15,7 +15,8 @@ from vitrail.errors import Listener, VitrailError
 
 IMAGE_COLUMNS = ("img", "image")
 # More than this is not read into memory.
-MAX_PARQUET_BYTES = 16 * 2**30
+MAX_PARQUET_BYTES, MAX_ROWS = 16 * 2**30, 20_000_000
+ROWS_AT_ONCE = 64
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 
@@ -101,44 +102,67 @@ def _read_parquet(folder: Path) -> dict[str, Records]:
 
 
 def _read_parquet_split(files: list[Path]) -> Records:
+    """The rows of all files. Equal images are held once: a table of a few bytes can repeat a large one without end."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        for file in files:
-            _check_parquet(file, pq.ParquetFile(file))
-        table = pa.concat_tables(pq.read_table(file) for file in files)
-    except (pa.ArrowException, OSError) as error:
-        raise VitrailError(f"cannot read {files[0].parent}/*.parquet: {error}") from error
-    class_names = _parquet_class_names(files[0], table.schema.metadata or {})
-    image_column = next(c for c in IMAGE_COLUMNS if c in table.column_names)
-    items: list[bytes | None] = table.column(image_column).combine_chunks().field("bytes").to_pylist()
-    if None in (numbers := table.column("label").to_pylist()):
-        raise VitrailError(f"{files[0]} has rows without a label; every image needs one")
-    labels = labels_of(numbers)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise VitrailError(f"{files[0]} has labels {labels.min()} to {labels.max()} but {len(class_names)} class names")
+    held, items, labels, class_names = dict[bytes, bytes](), list[bytes](), list[int](), tuple[str, ...]()
+    num_bytes = 0
+    for file in files:
+        try:
+            opened = pq.ParquetFile(file)
+            image_column = _check_parquet(file, opened)
+            found = _parquet_class_names(file, opened.schema_arrow.metadata or {})
+            if class_names not in ((), found):
+                raise VitrailError(f"{file} names other classes than {files[0].name}; the files of a split must agree")
+            class_names = found
+            for rows in opened.iter_batches(ROWS_AT_ONCE, columns=[f"{image_column}.bytes", "label"]):
+                for value in rows.column(image_column).field("bytes").to_pylist():
+                    item = value or b""
+                    num_bytes += 0 if item in held else len(item)
+                    items.append(held.setdefault(item, item))
+                _check_size(file, num_bytes, len(items))
+                labels += _parquet_labels(file, rows.column("label"), len(class_names))
+        except (pa.ArrowException, OSError) as error:
+            raise VitrailError(f"cannot read {file}: {error}") from error
     names = [f"{files[0].parent}/{files[0].name.split('-')[0]} row {i}" for i in range(len(items))]
-    return Records([item or b"" for item in items], names, labels, class_names)
+    return Records(items, names, labels_of(labels), class_names)
 
 
-def _check_parquet(file: Path, opened: Any) -> None:
-    """Raise VitrailError, before any column is read, unless they are there, of their types, and fit in memory."""
+def _check_parquet(file: Path, opened: Any) -> str:
+    """The name of the image column. Raises VitrailError, before any column is read, unless it and the label are there,
+    of their types, and fit in memory by what the file says."""
     import pyarrow as pa
 
-    kinds = {field.name: field.type for field in opened.schema_arrow}
-    image_column = next((c for c in IMAGE_COLUMNS if c in kinds), None)
-    if image_column is None or "label" not in kinds:
-        raise VitrailError(f"{file} needs the columns img (or image) and label; it has {list(kinds)}")
-    image = kinds[image_column]
+    schema = opened.schema_arrow
+    image_column = next((name for name in IMAGE_COLUMNS if schema.names.count(name) == 1), None)
+    if image_column is None or schema.names.count("label") != 1:
+        raise VitrailError(f"{file} needs the columns img (or image) and label, each once; it has {schema.names}")
+    image, label = schema.field(image_column).type, schema.field("label").type
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0 or not _is_binary(image.field("bytes").type):
         raise VitrailError(f"{file} has {image_column} as {image}; expected a struct with binary bytes")
-    if not pa.types.is_integer(kinds["label"]):
-        raise VitrailError(f"{file} has label as {kinds['label']}; expected whole numbers")
+    if not pa.types.is_integer(label):
+        raise VitrailError(f"{file} has label as {label}; expected whole numbers")
     groups = range(opened.metadata.num_row_groups)
-    size = sum(opened.metadata.row_group(i).total_byte_size for i in groups)
-    if size > MAX_PARQUET_BYTES:
-        raise VitrailError(f"{file} unpacks to {size / 2**30:.0f} GiB; at most {MAX_PARQUET_BYTES // 2**30} are read")
+    _check_size(file, sum(opened.metadata.row_group(i).total_byte_size for i in groups), opened.metadata.num_rows)
+    return image_column
+
+
+def _check_size(file: Path, num_bytes: int, num_rows: int) -> None:
+    if num_bytes > MAX_PARQUET_BYTES or num_rows > MAX_ROWS:
+        raise VitrailError(
+            f"{file} unpacks to {num_bytes / 2**30:.1f} GiB in {num_rows} rows; "
+            f"at most {MAX_PARQUET_BYTES / 2**30:g} GiB in {MAX_ROWS} rows are read"
+        )
+
+
+def _parquet_labels(file: Path, column: Any, num_classes: int) -> list[int]:
+    if column.null_count:
+        raise VitrailError(f"{file} has rows without a label; every image needs one")
+    labels: list[int] = column.to_pylist()
+    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
+        raise VitrailError(f"{file} has labels {min(labels)} to {max(labels)} but {num_classes} class names")
+    return labels
 
 
 def _is_binary(kind: Any) -> bool:

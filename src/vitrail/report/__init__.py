@@ -35,7 +35,7 @@ def write_report(
     numbers = page.with_suffix(".json")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        numbers.write_text(json.dumps(to_values(found), ensure_ascii=False), encoding="utf-8")
+        numbers.write_text(json.dumps(to_values(found)))
         page.write_text(write_page(found, words, numbers.name), encoding="utf-8")
     except OSError as error:
         raise VitrailError(f"cannot write {page}: {error.strerror}; give another --out") from error

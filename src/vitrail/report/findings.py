@@ -1,6 +1,5 @@
 """Everything a report tells, as numbers: measured once, then written down and drawn."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from vitrail.anatomy import (
     relative_bias,
 )
 from vitrail.batch import normalize
+from vitrail.config import to_dict
 from vitrail.data import ImageSet, load_split
 from vitrail.errors import Listener, VitrailError
 from vitrail.evaluate import compute_logits
@@ -105,7 +105,7 @@ def measure(run: Run, data: str | None, split: Split, listener: Listener) -> Fin
         kind=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
         split=split,
-        config=json.loads((run.folder / "config.json").read_text()),
+        config=to_dict(run.config),
         environment=_environment(run),
         history=run.read_metrics(),
         metrics=compute_metrics(logits, images.labels, run.config.classes),
@@ -120,8 +120,7 @@ def measure(run: Run, data: str | None, split: Split, listener: Listener) -> Fin
 
 def _environment(run: Run) -> dict[str, Any]:
     """What the run was made with; without the place of the program and the name of the system's build."""
-    path = run.folder / "environment.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = run.read_environment()
     if found.get("command"):
         found["command"][0] = Path(found["command"][0]).name
     return found | {"platform": str(found.get("platform", "")).split("-")[0]}

@@ -95,7 +95,7 @@ def run_explain(arguments: list[str]) -> None:
         probabilities = explanation.logits[0].softmax(0).tolist()
         best = sorted(zip(probabilities, found.classes, strict=True), reverse=True)[:3]
         print("  ".join(f"{printable(label)} {probability:.1%}" for probability, label in best))
-        print(f"wrote {out} and {beside}")
+        print(printable(f"wrote {out} and {beside}"))
 
 
 def run_report(arguments: list[str]) -> None:

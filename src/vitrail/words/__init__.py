@@ -7,7 +7,7 @@ import tomllib
 from importlib.resources import files
 from typing import Any
 
-from vitrail.errors import VitrailError
+from vitrail.errors import VitrailError, printable
 
 LANGUAGES = ("en", "ko")
 
@@ -25,7 +25,8 @@ class Words:
 
     def __call__(self, key: str, **fields: Any) -> str:
         table, name = key.split(".")
-        return self._tables[table][name].format(**fields)
+        shown = {name: printable(value) if isinstance(value, str) else value for name, value in fields.items()}
+        return self._tables[table][name].format(**shown)
 
     def keys(self) -> set[str]:
         """Every key, as `table.name`."""
