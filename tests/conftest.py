@@ -1,5 +1,6 @@
 """Small data and small runs that the tests share."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from vitrail.config import AugmentConfig, RunConfig
 from vitrail.presets import get_preset
 from vitrail.run import Run
 from vitrail.train import train
+
+# A shell lets what runs in its background ignore Ctrl-C, and the processes that it starts inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 

@@ -177,12 +177,21 @@ def test_precision_of_bf16(trained: Run) -> None:
     assert rough_loss == pytest.approx(exact_loss, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_the_fast_path_learns_as_the_plain_one_does(trained: Run) -> None:
-    """bf16, replicas and our own Muon for 200 steps on digits, beside a loop that has none of them."""
+    """For 200 steps on digits, the mean of three seeds: alone, two runs that differ in rounding end 3% apart."""
+    fast, slow = torch.stack([both_curves(trained, seed) for seed in range(3)]).mean(0)
+    assert slow[-1] < 0.8  # most of the way from ln 10 to the 0.5 that smoothing leaves
+    torch.testing.assert_close(fast, slow, rtol=0.06, atol=0)
+    assert fast.mean() == pytest.approx(slow.mean().item(), rel=0.02)
+
+
+def both_curves(trained: Run, seed: int) -> torch.Tensor:
+    """Losses [2, 10] in tenths of a run: of bf16, replicas and our own Muon, and of a loop that has none of them."""
     digits = load_digits()
     images = torch.tensor(digits.images * 15.9375, dtype=torch.uint8)[:, None]
     labels = torch.tensor(digits.target)
-    config = replace(trained.config, augment=AugmentConfig(crop_padding=0, flip=False), num_steps=200)
+    config = replace(trained.config, augment=AugmentConfig(crop_padding=0, flip=False), num_steps=200, seed=seed)
     config = replace(config, optim=OptimConfig(batch_size=32, muon_lr=0.01), precision="bf16", threads=2)
     learner = Learner(config)
     torch.manual_seed(config.seed)
@@ -206,10 +215,7 @@ def test_the_fast_path_learns_as_the_plain_one_does(trained: Run) -> None:
                 group["lr"] = peak * learner.lr_factor(step)
             optimizer.step()
             optimizer.zero_grad()
-    fast, slow = (torch.tensor(curve).unflatten(0, (10, 20)).mean(1) for curve in curves)
-    assert slow[-1] < 0.8  # most of the way from ln 10 to the 0.5 that smoothing leaves
-    torch.testing.assert_close(fast, slow, rtol=0.1, atol=0)
-    assert fast.mean() == pytest.approx(slow.mean().item(), rel=0.02)
+    return torch.tensor(curves).unflatten(1, (10, 20)).mean(2)
 
 
 def one_step_gradients(run: Run, **changes: object) -> tuple[float, torch.Tensor]:
