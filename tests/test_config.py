@@ -47,9 +47,9 @@ runs = st.builds(
         train_fraction=st.floats(0.01, 1),
         classes=st.sampled_from([(), ("cat", "dog")]),
     ),
-    classes=st.lists(st.text(max_size=5), min_size=2).map(tuple),
+    classes=st.lists(st.text(max_size=5), min_size=2, unique=True).map(tuple),
     preprocessing=st.just(Preprocessing(image_size=8, num_channels=1, mean=(0.5,), std=(0.25,))),
-    **{n: st.integers(0, 10**9) for n in ("num_train", "num_val", "num_skipped", "epoch_images", "num_steps")},
+    **{n: st.integers(1, 10**9) for n in ("num_train", "num_val", "num_skipped", "epoch_images", "num_steps")},
     data_sha256=st.text(max_size=8),
 )
 

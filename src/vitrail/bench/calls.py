@@ -95,7 +95,7 @@ def _build_our_training(setup: Setup, data: ImageSet, threads: int) -> Call:
         classes=data.class_names,
         preprocessing=PREPROCESSING,
         num_train=len(data),
-        num_val=0,
+        num_val=1,
         num_skipped=0,
         epoch_images=len(data),
         num_steps=1000,
