@@ -119,7 +119,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_timm_by_name(hub: Path) -> None:
     theirs = loud(timm.create_model("test_vit", num_classes=1000))
     save_file(theirs.state_dict(), hub / "model.safetensors")
-    config = make_resolved(160, 3, tuple(map(str, range(1000))), patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3)
+    names = tuple(map(str, range(1000)))
+    config = make_resolved(160, 3, names, patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3)
     for source in ("timm:test_vit", "timm:test_vit.r160_in1k"):
         ours, report = begin(source, config)
         agree(ours, theirs, 160)
