@@ -9,6 +9,7 @@ from vitrail.verbs.speak import leads, parse, say, show_table
 
 
 def run_evaluate(arguments: list[str]) -> None:
+    """Figures of a model on a split, and the confusion picture."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import EvaluateFlags
 
@@ -43,6 +44,7 @@ def run_evaluate(arguments: list[str]) -> None:
 
 
 def run_predict(arguments: list[str]) -> None:
+    """The likeliest classes of each picture."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import PredictFlags
 
@@ -60,6 +62,7 @@ def run_predict(arguments: list[str]) -> None:
 
 
 def run_explain(arguments: list[str]) -> None:
+    """Where a model looks in one picture."""
     from vitrail.flags import ExplainFlags
 
     flags = parse(ExplainFlags, "explain", arguments)
@@ -99,6 +102,7 @@ def run_explain(arguments: list[str]) -> None:
 
 
 def run_report(arguments: list[str]) -> None:
+    """One page on a run."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import ReportFlags
 
@@ -118,6 +122,7 @@ def run_report(arguments: list[str]) -> None:
 
 
 def run_bench(arguments: list[str]) -> None:
+    """This machine's speed, beside other libraries and its limit."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import BenchFlags
 

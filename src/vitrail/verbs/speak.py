@@ -26,6 +26,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def parse(kind: Any, verb: str, arguments: list[str], default: Any = None) -> Any:
+    """The flags of `verb` as a `kind`. Exits with a message, as tyro does, where they are not understood."""
     import tyro
 
     given = {} if default is None else {"default": default}

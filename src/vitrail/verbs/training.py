@@ -13,6 +13,7 @@ from vitrail.verbs.speak import leads, parse, say
 
 
 def run_train(arguments: list[str]) -> None:
+    """Train a new run, or go on with one."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import TrainFlags
 
@@ -73,6 +74,7 @@ def _find_option(arguments: list[str], name: str) -> str | None:
 
 
 def preset_config(preset: str | None) -> Any:
+    """The config of a preset, the default one if none is named."""
     from vitrail.presets import DEFAULT_PRESET, get_preset
 
     return get_preset(preset or DEFAULT_PRESET)
@@ -96,6 +98,7 @@ def _next_run_folder(config: Any) -> Path:
 
 
 def run_compare(arguments: list[str]) -> None:
+    """A grid of trainings that answers one question."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import CompareFlags
 
@@ -125,6 +128,7 @@ def run_compare(arguments: list[str]) -> None:
 
 
 def run_verify_resume(arguments: list[str]) -> None:
+    """Whether a killed and resumed run is the undisturbed one here."""
     from vitrail.console import ProgressDisplay
     from vitrail.flags import VerifyResumeFlags
 
