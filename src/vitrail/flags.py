@@ -155,7 +155,7 @@ class CompareFlags:
     first run."""
     seeds: int = 3
     """Runs of each cell, with the seeds 0, 1, 2…; an interval needs two at least."""
-    preset: str = "quick"
+    preset: str = "minute"
     """The recipe that all arms share but for what makes them an arm."""
     arms: str = ""
     """Some of the question's arms, as `vit,resnet`; by default all."""

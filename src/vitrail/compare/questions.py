@@ -25,7 +25,8 @@ LEVELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """`light` is the recipe as it is: crop, mirror where that is allowed, smoothing, its own decay."""
 FEW = 0.05
-"""Share of the images of the classes that are fine-tuned on."""
+"""Share of the training images in `regularisation`, which only matters where images come round many times; and in
+`transfer`, of those of the classes that are fine-tuned on."""
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """What of the budget fine-tuning gets."""
 SIZES = (0.5, 0.75, 1.0, 1.5)
@@ -111,7 +112,8 @@ def _vary_data(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[
 def _vary_regularisation(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
     for level, groups in LEVELS.items():
         changed = {name: replace(getattr(config, name), **values) for name, values in groups.items()}
-        yield Cell(arm, level, replace(config, **changed))
+        few = replace(config.input, train_fraction=FEW)
+        yield Cell(arm, level, replace(config, input=few, **changed))
 
 
 def _vary_fine_tuning(arm: str, config: RunConfig, classes: Sequence[str]) -> Iterator[Cell]:
@@ -159,7 +161,7 @@ QUESTIONS = {
         lay_out=_vary_data,
     ),
     "regularisation": Question(
-        title="Accuracy against the strength of regularisation, in equal time",
+        title="Accuracy against the strength of regularisation, on few images, in equal time",
         arms=("vit", "vit-plain", "resnet"),
         pairs=(("vit", "resnet"), ("vit-plain", "resnet")),
         x_label="regularisation",
