@@ -13,17 +13,16 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
 
 import world
 from conftest import COLOURS, colour_config, make_config
 from test_distributed import finish, torchrun
 from test_pretrained import CLASSES, SHAPE, SIDE, TIMM_SHAPE, save_timm
 from vitrail.cli import main
-from vitrail.config import ModelConfig, OptimConfig
+from vitrail.config import InputConfig, ModelConfig, OptimConfig
 from vitrail.errors import Event, Interrupted, VitrailError
 from vitrail.learner import Learner
-from vitrail.optim import build_optimizers
+from vitrail.optim import build_optimizers, in_head
 from vitrail.run import Run, load_run
 from vitrail.train import resume, train
 from vitrail.vit import build_vit
@@ -156,27 +155,34 @@ def test_a_frozen_backbone_keeps_its_bytes(trained: Run, tmp_path: Path, optimiz
     assert {name.split(".")[1] for name in state if name.startswith("optim.")} == {"head"}
 
 
-def test_what_a_frozen_backbone_measures_stays_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another model in the ViT's place: its batch norm neither learns nor goes on measuring."""
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+KINDS = {
+    "resnet": ModelConfig(arch="resnet", resnet_depth=1, resnet_width=4),
+    "conv-stem": ModelConfig(**TINY, stem="conv", rel_pos="neighbour"),
+    "label-query": ModelConfig(**TINY, head="label-query"),
+}
 
-    class Convolutional(nn.Module):
-        def __init__(self, *_: object) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-            self.fc = nn.Linear(8, world.NUM_CLASSES)
 
-        def forward(self, images: Tensor) -> Tensor:
-            return self.fc(self.bn(self.conv(images)).relu().mean((2, 3)))
-
-    monkeypatch.setattr("vitrail.learner.build_model", Convolutional)
-    learner = Learner(replace(world.make_resolved(optimizer="adamw"), freeze="backbone"))
-    before = {name: tensor.clone() for name, tensor in learner.state().items()}
-    images = world.make_images(world.BATCH_SIZE)
-    learner.step(images.take(learner.share), 3)
-    after = learner.state()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {"model.fc.weight", "model.fc.bias"} <= moved
-    assert not any("conv" in name or "bn" in name for name in moved)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("freeze", ["none", "backbone"])
+def test_every_kind_of_model_goes_on_from_its_own(colour_folder: Path, tmp_path: Path, kind: str, freeze: str) -> None:
+    """On other classes: all but the head is taken, and what a frozen backbone measures stays as it was too."""
+    source = train(colour_config(colour_folder, model=KINDS[kind]), tmp_path / "source")
+    classes = InputConfig(classes=tuple(COLOURS)[:2])
+    config = colour_config(colour_folder, model=KINDS[kind], input=classes, init_from=str(source.folder), freeze=freeze)
+    run = train(config, tmp_path / "run")
+    report = json.loads((run.folder / "init.json").read_text())
+    new = {part["name"] for part in report["new"]}
+    assert new
+    assert all(in_head(name) for name in new)
+    before, after = load_file(source.weights), load_file(run.weights)
+    assert {part["name"] for part in report["loaded"]} == before.keys() - new
+    kept = {name for name in before.keys() - new if torch.equal(before[name], after[name])}
+    backbone = {name for name in before if not in_head(name)}
+    if freeze == "backbone":
+        assert backbone <= kept
+    else:
+        assert not {name for name in kept if "running_mean" in name or name.endswith("weight")}
 
 
 @pytest.mark.slow

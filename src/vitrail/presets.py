@@ -20,7 +20,7 @@ PRESETS: dict[str, RunConfig] = {
         preset="minute",
         budget="1min",
         model=ModelConfig(embed_dim=64, depth=4, num_heads=4, rel_pos="neighbour", init="zero_residual"),
-        optim=OptimConfig(muon_lr=0.02, muon_weight_decay=0.1, coarse_fraction=0.65),
+        optim=OptimConfig(lr=4e-3, muon_lr=0.02, muon_weight_decay=0.1, coarse_fraction=0.65),
     ),
     "quick": RunConfig(
         preset="quick",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vitrail.config import ResolvedConfig
 from vitrail.errors import VitrailError
+from vitrail.model import build_model
 from vitrail.optim import in_head
 from vitrail.pretrained.weights import Weights, import_timm
-from vitrail.vit import build_vit
 
 PATCHES, POSITIONS, OFFSETS = "patch_embed.proj.weight", "pos_embed", ".relative_position_bias_table"
 # What stands between the encoder and another model's head, so that its head reads something else than ours.
@@ -74,7 +74,7 @@ def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Ten
             without.
     """
     pre = config.preprocessing
-    ours = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes)).state_dict()
+    ours = build_model(config.model, pre.image_size, pre.num_channels, len(config.classes)).state_dict()
     _check_dimensions(weights, ours, config)
     _check_names(weights, ours)
     new_head = _why_new_head(weights, ours, config)
