@@ -162,6 +162,23 @@ def test_compute_to_an_accuracy_is_compared_seed_by_seed() -> None:
     assert "no difference seen" in ratio["sentence"]
 
 
+def test_what_regularisation_brings_is_said_for_both_strengths() -> None:
+    cells = make_cells(
+        {
+            ("vit", "none"): [0.50, 0.52, 0.51],
+            ("vit", "light"): [0.60, 0.63, 0.62],
+            ("vit", "strong"): [0.50, 0.53, 0.49],
+        }
+    )
+    summary = summarise("regularisation", cells, [])
+    assert [(gain["x"], round(gain["mean"], 6)) for gain in summary["gains"]] == [
+        ("light", 10.666667),
+        ("strong", -0.333333),
+    ]
+    assert "ViT: light − no regularisation: +10.7 points (+9.2 to +12.1)" in summary["sentences"]
+    assert "ViT: strong − no regularisation: no difference seen (−4.1 to +3.5)" in summary["sentences"]
+
+
 # ── layouts ──────────────────────────────────────────────────────────────────────────────────
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from vitrail.compare.questions import get_question
 from vitrail.compare.statistics import Interval, PowerLaw
@@ -49,7 +49,7 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
             means = [mean for mean in summary["means"] if mean["regime"] == regime]
             _draw_means(axes, means, key)
             axes.set(title=regime, xlabel=X_LABELS.get(key, question.x_label), ylabel="test accuracy, 95% intervals")
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
             if results["question"] != "regularisation":
                 axes.set_xscale("log")
                 places = sorted({mean["x"] for mean in means}) if key == "x" else None

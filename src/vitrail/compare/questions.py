@@ -161,7 +161,7 @@ QUESTIONS = {
         lay_out=_vary_data,
     ),
     "regularisation": Question(
-        title="Accuracy against the strength of regularisation, on few images, in equal time",
+        title="Accuracy by regularisation, on few images",
         arms=("vit", "vit-plain", "resnet"),
         pairs=(("vit", "resnet"), ("vit-plain", "resnet")),
         x_label="regularisation",

@@ -1,5 +1,6 @@
 """What follows from the finished cells: means, paired differences, and each question's own figure, in sentences too."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,13 +102,13 @@ def _cross(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> di
 
 
 def _gain(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> dict[str, Any]:
-    """What strong regularisation brings each arm over none."""
+    """What regularisation brings each arm over none."""
     found: list[dict[str, Any]] = []
-    for arm in _arms(cells):
-        gain = pair(*(_points(cells, arm=arm, x=level) for level in ("strong", "none")))
+    for arm, level in itertools.product(_arms(cells), ("light", "strong")):
+        gain = pair(*(_points(cells, arm=arm, x=x) for x in (level, "none")))
         if gain is not None:
-            sentence = say_difference(f"{label(arm)}: strong − no regularisation", gain)
-            found.append({"arm": arm, **asdict(gain), "sentence": sentence})
+            sentence = say_difference(f"{label(arm)}: {level} − no regularisation", gain)
+            found.append({"arm": arm, "x": level, **asdict(gain), "sentence": sentence})
     return {"gains": found, "sentences": [gain["sentence"] for gain in found]}
 
 
