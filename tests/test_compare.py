@@ -444,27 +444,28 @@ def test_scale_tells_a_fit_and_the_measured_cost(scaled: tuple[Path, dict[str, A
 
 
 def test_pretraining_is_done_once_and_shared_by_what_is_fine_tuned(tmp_path: Path) -> None:
-    out = tmp_path / "transfer"
-    results = compare("transfer", make_base(budget="16steps"), out, arms=["vit", "vit-scratch"], num_seeds=1)
+    out, arms = tmp_path / "transfer", ["vit", "vit-scratch", "resnet"]
+    results = compare("transfer", make_base(budget="16steps"), out, arms=arms, num_seeds=1)
     cells = {cell["run"]: cell for cell in results["cells"]}
-    assert [name for name, cell in cells.items() if cell["kind"] == "pretraining"] == ["vit-pretraining-seed0"]
-    for arm in ("vit", "vit-scratch"):
+    pretrained = [name for name, cell in cells.items() if cell["kind"] == "pretraining"]
+    assert pretrained == ["vit-pretraining-seed0", "resnet-pretraining-seed0"]
+    for arm in arms:
         steps = [cells[f"{arm}-{share}-seed0"]["num_steps"] for share in (0.125, 0.25, 0.5, 1.0)]
         assert steps == [2, 4, 8, 16]
         fine = load_run(out / "cells" / f"{arm}-1.0-seed0")
         assert fine.config.classes == tuple("13579")
         assert fine.config.num_train == sum(n // 20 for n in class_sizes("13579"))
-        assert (fine.folder / "init.json").exists() == (arm == "vit")
+        assert (fine.folder / "init.json").exists() == (arm != "vit-scratch")
     assert load_run(out / "cells" / "vit-pretraining-seed0").config.classes == tuple("02468")
     assert {mean["x"] for mean in results["summary"]["means"]} == {0.125, 0.25, 0.5, 1.0}
     ratios = {(r["arm"], r["against"]) for r in results["summary"]["cost_ratios"]}
-    assert ratios == {("vit", "vit-scratch")}
+    assert ratios == {("vit", "vit-scratch"), ("vit", "resnet")}
     # A run that was killed before its first checkpoint is begun anew.
     folder = out / "cells" / "vit-0.125-seed0"
     weights = (folder / "model.safetensors").read_bytes()
     for name in ("model.safetensors", "metrics.jsonl", "evaluation-test.json"):
         (folder / name).unlink()
-    compare("transfer", make_base(budget="16steps"), out, arms=["vit", "vit-scratch"], num_seeds=1)
+    compare("transfer", make_base(budget="16steps"), out, arms=arms, num_seeds=1)
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
