@@ -138,6 +138,12 @@ def test_where_curves_cross_and_where_they_stay_apart_is_said() -> None:
     apart = "ViT with conv stem stays above ResNet, by 8.0 to 10.0 points in the mean; no crossing"
     assert apart in summary["sentences"]
     assert "ViT − ResNet at 100% of the data: no difference seen (−1.5 to +3.5)" in summary["sentences"]
+    # The gap is −2, −3, −1 at first and 0, 1, 2 then: by seed it grows by 2, 4, 3.
+    gain = stats.t.ppf(0.975, 2) / 3**0.5
+    gains = (
+        f"ViT gains on ResNet from 1% of the data to 100% of the data: +3.0 points (+{3 - gain:.1f} to +{3 + gain:.1f})"
+    )
+    assert gains in summary["sentences"]
     mean = next(m for m in summary["means"] if (m["arm"], m["x"]) == ("resnet", 0.01))
     assert (mean["test_accuracy"], mean["seeds"]) == (pytest.approx(0.52), 3)
     assert mean["high"] == pytest.approx(0.52 + 4.30265 * 0.01 / 3**0.5, abs=1e-6)

@@ -95,10 +95,27 @@ def _cross(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> di
             near, far = (pick(map(abs, gaps)) for pick in (min, max))
             sentence = f"{label(a)} stays {side} {label(b)}, by {near:.1f} to {far:.1f} points in the mean; no crossing"
         pairs = (pair(*(_points(cells, arm=arm, x=x) for arm in (a, b))) for x in xs)
-        if not any(difference is not None and difference.sees_difference for difference in pairs):
+        if not any(gap is None or gap.low is None or gap.sees_difference for gap in pairs):
             sentence += ", though no difference is seen anywhere"
         found.append({"arm": a, "against": b, "at": places, "gaps": gaps, "sentence": sentence})
-    return {"crossings": found, "sentences": [crossing["sentence"] for crossing in found]}
+    growths = list(_grow(question, cells))
+    return {"crossings": found, "growths": growths, "sentences": [row["sentence"] for row in found + growths]}
+
+
+def _grow(question: Question, cells: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """By how much the first arm of a pair gains on the second from the least data to the most, seed by seed."""
+    for a, b in question.pairs:
+        xs = sorted({cell["x"] for cell in _select(cells, arm=a)} & {cell["x"] for cell in _select(cells, arm=b)})
+        if len(xs) < 2:
+            continue
+        least, most = ([_points(cells, arm=arm, x=x) for arm in (a, b)] for x in (xs[0], xs[-1]))
+        growth = pair(
+            *({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs} for ours, theirs in (most, least))
+        )
+        if growth is not None:
+            span = " to ".join(map(question.x_words.format, (xs[0], xs[-1])))
+            sentence = say_difference(f"{label(a)} gains on {label(b)} from {span}", growth)
+            yield {"arm": a, "against": b, **asdict(growth), "sentence": sentence}
 
 
 def _gain(question: Question, cells: Sequence[Row], means: Sequence[Row]) -> dict[str, Any]:
