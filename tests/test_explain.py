@@ -20,7 +20,7 @@ from vitrail.explain import METHODS, explain, explain_picture, map_batches, roll
 from vitrail.pretrained import build_from_timm
 from vitrail.run import Run
 from vitrail.trust import hide_patches, measure_sensitivity, measure_trust
-from vitrail.vit import VisionTransformer, build_vit
+from vitrail.vit import VisionTransformer
 
 PLAIN = Preprocessing(image_size=12, num_channels=1, mean=(0.5,), std=(0.5,))
 
@@ -29,7 +29,7 @@ def sharp_model(**changes: object) -> VisionTransformer:
     """A small model in float64 whose weights are large enough for every effect to show."""
     torch.manual_seed(0)
     dimensions: dict[str, object] = {"patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3, "rel_pos": "zero"}
-    model = build_vit(ModelConfig(**(dimensions | changes)), 12, 1, 5).double().eval()
+    model = VisionTransformer(ModelConfig(**(dimensions | changes)), 12, 1, 5).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     return model
@@ -218,7 +218,7 @@ def test_the_figures_of_a_timm_vit_are_those_of_ours(pool: str) -> None:
     ).eval()  # fmt: skip
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.4)
-    ours = build_vit(
+    ours = VisionTransformer(
         ModelConfig(patch_size=4, embed_dim=12, depth=3, num_heads=3, pool="cls" if pool == "token" else "mean"),
         12, 1, 5,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def striped() -> VisionTransformer:
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model is slower on two, and differs with their number
-    model = build_vit(ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2), 12, 1, 3)
+    model = VisionTransformer(ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2), 12, 1, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images, labels, _ = planted(4096, 0, num_kinds=3)
     for epoch in range(4):
@@ -333,7 +333,7 @@ def test_a_map_of_nothing_is_no_better_than_random(striped: VisionTransformer) -
 
 def test_sensitivity_to_place(striped: VisionTransformer) -> None:
     images, labels, _ = planted(200, 3)
-    bag = build_vit(ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2), 12, 1, 3).eval()
+    bag = VisionTransformer(ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2), 12, 1, 3).eval()
     bag.load_state_dict(striped.state_dict())
     nn.init.zeros_(bag.pos_embed)
     assert (

@@ -27,7 +27,7 @@ from vitrail.presets import get_preset
 from vitrail.report import write_report
 from vitrail.run import Run
 from vitrail.train import resume, train
-from vitrail.vit import VisionTransformer, build_vit
+from vitrail.vit import VisionTransformer
 
 
 def query_config(**changes: object) -> RunConfig:
@@ -92,7 +92,7 @@ def test_a_logit_rests_on_its_own_query_alone() -> None:
 def test_it_begins_undecided_and_learns_at_once(init: str) -> None:
     """Small logits, a look everywhere alike, and after one step a gradient everywhere."""
     torch.manual_seed(0)
-    model = build_vit(ModelConfig(embed_dim=64, depth=2, head="label-query", init=init), 16, 3, 10)
+    model = VisionTransformer(ModelConfig(embed_dim=64, depth=2, head="label-query", init=init), 16, 3, 10)
     images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     logits, _, looks = model.trace_labels(images)
     assert torch.equal(model(images), logits)
@@ -238,7 +238,7 @@ def share_of(maps: Tensor, places: Tensor) -> Tensor:
 @torch.no_grad()
 def test_evidence_lies_where_a_query_was_made_to_look() -> None:
     """By construction: channel k of a token tells of mark k, and query k asks for channel k."""
-    model = build_vit(ModelConfig(embed_dim=16, depth=1, num_heads=1, head="label-query"), 12, 1, 2).eval()
+    model = VisionTransformer(ModelConfig(embed_dim=16, depth=1, num_heads=1, head="label-query"), 12, 1, 2).eval()
     for parameter in (*model.blocks.parameters(), model.pos_embed, *model.head.parameters()):
         nn.init.zeros_(parameter)
     model.patch_embed.proj.weight.zero_()[:2] = MARKS[:2].flatten(1)
@@ -257,7 +257,7 @@ def test_relevance_tells_two_labels_in_one_picture_apart() -> None:
     """Taught on pictures of one mark, asked about pictures of two: each label's relevance lies on its own."""
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, depth=1, num_heads=2, head="label-query", init="zero_residual")
-    model = build_vit(config, 12, 1, 4)
+    model = VisionTransformer(config, 12, 1, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images, labels, _ = marked(4096, 1, 4, seed=0)
     for epoch in range(4):

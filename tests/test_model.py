@@ -22,8 +22,9 @@ from vitrail.optim import split_parameters
 from vitrail.resnet import ResNet
 from vitrail.resolve import check_world, count_training_flops
 from vitrail.run import load_run
+from vitrail.stem import ConvStem
 from vitrail.train import resume, train
-from vitrail.vit import ConvStem, VisionTransformer, build_vit
+from vitrail.vit import VisionTransformer
 
 SMALL = ModelConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2)
 RESNET = ModelConfig(arch="resnet", resnet_depth=1, resnet_width=8)
@@ -87,7 +88,7 @@ def test_conv_stem_against_its_definition(patch: int, widths: list[int]) -> None
 
 def test_conv_stem_keeps_the_patches_in_place_on_images_of_any_size() -> None:
     """A bright patch is brightest in its own token, and a smaller image makes fewer tokens."""
-    model = build_vit(replace(SMALL, stem="conv"), 16, 1, 3)
+    model = VisionTransformer(replace(SMALL, stem="conv"), 16, 1, 3)
     assert isinstance(model.patch_embed, ConvStem)
     stir(model)
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_conv_stem_keeps_the_patches_in_place_on_images_of_any_size() -> None:
 
 
 def test_filters_of_a_conv_stem_are_its_first_convolutions() -> None:
-    filters = patch_filters(build_vit(replace(SMALL, stem="conv"), 16, 3, 3))
+    filters = patch_filters(VisionTransformer(replace(SMALL, stem="conv"), 16, 3, 3))
     assert filters.components.shape[1:] == (3, 3, 3)
     assert filters.variance_share.sum() <= 1 + 1e-6
 

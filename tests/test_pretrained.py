@@ -27,7 +27,7 @@ from vitrail.errors import VitrailError
 from vitrail.pretrained import InitReport, fit_weights, read_weights
 from vitrail.run import Run, load_run
 from vitrail.train import train
-from vitrail.vit import build_vit
+from vitrail.vit import VisionTransformer
 
 WIDTH, DEPTH, HEADS, SIDE, PATCH, CLASSES = 48, 3, 4, 24, 4, 7
 SHAPE = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 4.0}
@@ -47,7 +47,7 @@ def begin(source: str | Path, config: ResolvedConfig | None = None) -> tuple[nn.
     config = config or make_resolved()
     state, report = fit_weights(read_weights(str(source)), config)
     pre = config.preprocessing
-    model = build_vit(config.model, pre.image_size, pre.num_channels, len(config.classes))
+    model = VisionTransformer(config.model, pre.image_size, pre.num_channels, len(config.classes))
     model.load_state_dict(model.state_dict() | state)
     names = [part.name for part in (*report.loaded, *report.resampled, *report.new)]
     assert sorted(names) == sorted(model.state_dict())

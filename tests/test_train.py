@@ -28,7 +28,7 @@ from vitrail.optim import Muon, WeightAverage, build_optimizers, orthogonalize, 
 from vitrail.resolve import choose_machine, has_compiler
 from vitrail.run import Run, load_run
 from vitrail.train import resume, train
-from vitrail.vit import build_vit
+from vitrail.vit import VisionTransformer
 
 train_room = import_module("vitrail.train")
 SOFT = {
@@ -44,7 +44,7 @@ SOFT = {
 
 
 def test_weight_decay_is_on_matrices_only_and_muon_on_hidden_ones() -> None:
-    model = build_vit(ModelConfig(embed_dim=16, depth=1, num_heads=2, rel_pos="zero"), 16, 3, 4)
+    model = VisionTransformer(ModelConfig(embed_dim=16, depth=1, num_heads=2, rel_pos="zero"), 16, 3, 4)
     hidden, matrices, rest = split_parameters(model)
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(p)] for p in hidden] == [
@@ -113,7 +113,7 @@ def test_orthogonalize_brings_all_singular_values_near_one() -> None:
 
 
 def test_set_lr_scales_each_optimizers_own_peak() -> None:
-    model = build_vit(ModelConfig(embed_dim=16, depth=1, num_heads=2), 16, 3, 4)
+    model = VisionTransformer(ModelConfig(embed_dim=16, depth=1, num_heads=2), 16, 3, 4)
     optimizers = build_optimizers(model, OptimConfig(lr=1e-3, muon_lr=2e-2))
     for factor in (0.5, 0.25):
         set_lr(optimizers, factor)
@@ -195,7 +195,7 @@ def both_curves(trained: Run, seed: int) -> torch.Tensor:
     config = replace(config, optim=OptimConfig(batch_size=32, muon_lr=0.01), precision="bf16", threads=2)
     learner = Learner(config)
     torch.manual_seed(config.seed)
-    plain = build_vit(config.model, 8, 1, 10)
+    plain = VisionTransformer(config.model, 8, 1, 10)
     hidden, matrices, rest = split_parameters(plain)
     decayed = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizers = [

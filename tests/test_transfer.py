@@ -25,12 +25,12 @@ from vitrail.learner import Learner
 from vitrail.optim import build_optimizers, in_head
 from vitrail.run import Run, load_run
 from vitrail.train import resume, train
-from vitrail.vit import build_vit
+from vitrail.vit import VisionTransformer
 
 
 def test_layer_decay_by_hand() -> None:
     """Three blocks and a half: embeddings at 1/16 of the rate, then 1/8, 1/4, 1/2, and the last norm and head whole."""
-    model = build_vit(ModelConfig(**SHAPE, rel_pos="zero"), SIDE, 3, CLASSES)
+    model = VisionTransformer(ModelConfig(**SHAPE, rel_pos="zero"), SIDE, 3, CLASSES)
     optimizers = build_optimizers(model, OptimConfig(layer_decay=0.5, lr=1.0, muon_lr=0.1), num_muons=2)
     rates = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     table = {
@@ -54,7 +54,7 @@ def test_layer_decay_is_timms_but_for_the_last_norm() -> None:
     theirs = TimmVit(**TIMM_SHAPE)
     scales = {id(p): g["lr_scale"] for g in param_groups_layer_decay(theirs, layer_decay=0.7) for p in g["params"]}
     expected = {name: scales[id(parameter)] for name, parameter in theirs.named_parameters()}
-    ours = build_vit(ModelConfig(**SHAPE), SIDE, 3, CLASSES)
+    ours = VisionTransformer(ModelConfig(**SHAPE), SIDE, 3, CLASSES)
     (adamw,) = build_optimizers(ours, OptimConfig(layer_decay=0.7, lr=1.0, optimizer="adamw"))
     rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
     found = {name: rates[id(p)] for name, p in ours.named_parameters()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.pretrained import convert_timm
-from vitrail.vit import Attention, RelPosBias, build_vit, drop_path, patchify, unpatchify
+from vitrail.stem import patchify, unpatchify
+from vitrail.vit import Attention, RelPosBias, VisionTransformer, drop_path
 
 
 @given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))
@@ -48,7 +49,7 @@ def test_logits_agree_with_timm(size: int, channels: int, dimensions: dict[str, 
     ).eval()
     for parameter in theirs.parameters():  # its fresh weights are too small for a difference to show
         nn.init.normal_(parameter, std=0.2)
-    ours = build_vit(ModelConfig(**dimensions), size, channels, 7).eval()
+    ours = VisionTransformer(ModelConfig(**dimensions), size, channels, 7).eval()
     ours.load_state_dict(convert_timm(theirs.state_dict()))
     images = torch.randn(5, channels, size, size)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_logits_agree_with_timm(size: int, channels: int, dimensions: dict[str, 
 def build(**changes: object) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
     config = ModelConfig(**{"embed_dim": 32, "depth": 3, "num_heads": 4, **changes})
-    model = build_vit(config, 16, 3, 5).eval()
+    model = VisionTransformer(config, 16, 3, 5).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model, torch.randn(2, 3, 16, 16)
@@ -160,7 +161,7 @@ def test_a_model_reads_smaller_images_with_positions_in_between() -> None:
 
 def test_zero_residual_blocks_begin_as_the_identity() -> None:
     torch.manual_seed(0)
-    model = build_vit(ModelConfig(init="zero_residual"), 32, 3, 10)
+    model = VisionTransformer(ModelConfig(init="zero_residual"), 32, 3, 10)
     x = torch.randn(2, 65, 128)
     y, weights = model.blocks[3](x)
     assert torch.equal(y, x)
@@ -188,7 +189,7 @@ def test_dropout_and_drop_path_work_in_training_only() -> None:
 def test_patch_must_divide_the_image(size: int, patch: int) -> None:
     config = ModelConfig(patch_size=patch, embed_dim=8, depth=1, num_heads=1)
     if size % patch == 0:
-        assert build_vit(config, size, 1, 2).pos_embed.shape[1] == (size // patch) ** 2 + 1
+        assert VisionTransformer(config, size, 1, 2).pos_embed.shape[1] == (size // patch) ** 2 + 1
     else:
         with pytest.raises(VitrailError, match=f"patch size {patch} does not divide the image size {size}"):
-            build_vit(config, size, 1, 2)
+            VisionTransformer(config, size, 1, 2)

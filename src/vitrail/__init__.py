@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from vitrail.report import write_report
     from vitrail.run import load_run
     from vitrail.train import resume, train
-    from vitrail.vit import VisionTransformer, build_vit
+    from vitrail.vit import VisionTransformer
 
 __all__ = [
     "Classifier",
     "RunConfig",
     "VisionTransformer",
     "build_from_timm",
-    "build_vit",
     "compare",
     "evaluate",
     "explain",
@@ -48,7 +47,6 @@ _HOMES = {
     "RunConfig": "config",
     "VisionTransformer": "vit",
     "build_from_timm": "pretrained",
-    "build_vit": "vit",
     "compare": "compare",
     "evaluate": "evaluate",
     "explain": "explain",

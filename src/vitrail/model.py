@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.resnet import ResNet
-from vitrail.vit import build_vit
+from vitrail.vit import VisionTransformer
 
 # How far a matched ResNet may be from the ViT, and which depths and widths are tried for it, the usual depth first.
 MATCH_TOLERANCE = 0.05
@@ -24,7 +24,7 @@ def build_model(config: ModelConfig, image_size: int, num_channels: int, num_cla
     """A model with fresh weights drawn from torch's global generator; seed that first."""
     if config.arch == "resnet":
         return ResNet(config.resnet_depth, config.resnet_width, num_channels, num_classes)
-    return build_vit(config, image_size, num_channels, num_classes)
+    return VisionTransformer(config, image_size, num_channels, num_classes)
 
 
 def count_parameters(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor
 from vitrail.config import Preprocessing
 from vitrail.errors import Event, Listener, ignore_events
 from vitrail.explain import check_model, explain, map_batches
-from vitrail.vit import VisionTransformer, patchify, unpatchify
+from vitrail.stem import patchify, unpatchify
+from vitrail.vit import VisionTransformer
 
 NUM_STEPS = 10
 RANDOM = "random"

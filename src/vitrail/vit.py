@@ -1,5 +1,4 @@
-"""The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), with nothing convolutional in it but the stem
-of those who ask for one.
+"""The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), from tokens on.
 
 Shapes are written with B images, C channels, N patches, T = N + 1 tokens, D wide, H heads.
 
@@ -17,68 +16,9 @@ from torch import Tensor, nn
 from vitrail.config import ModelConfig, check_patches
 from vitrail.errors import VitrailError
 from vitrail.label_query import LabelQuery
+from vitrail.stem import ConvStem, PatchEmbed
 
 NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches: [B, C, S, S] to [B, N, C·P·P].
-
-    Patches go row by row from the top left; within one, values go by channel, row, column, which is
-    the order in which a strided convolution's weight is flattened.
-    """
-    b, c, s, _ = images.shape
-    p = patch_size
-    grid = images.reshape(b, c, s // p, p, s // p, p)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(b, (s // p) ** 2, c * p * p)
-
-
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Put patches together again: the inverse of `patchify`, for square images."""
-    b, n, values = patches.shape
-    p = patch_size
-    g, c = round(n**0.5), values // p**2
-    grid = patches.reshape(b, g, g, c, p, p)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * p, g * p)
-
-
-class PatchEmbed(nn.Module):
-    """Each patch, flattened, through one linear layer: [B, C, S, S] to [B, N, D] (equation 1)."""
-
-    def __init__(self, patch_size: int, num_channels: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Linear(num_channels * patch_size**2, embed_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(patchify(images, self.patch_size))
-
-
-class ConvStem(nn.Module):
-    """Convolutions in the place of the patch projection: [B, C, S, S] to [B, N, D].
-
-    3×3 ones of stride 2 with batch norm and ReLU, whose channels double up to D, until each patch is one place;
-    then a 1×1 one.
-
-    Source: Xiao et al. 2021 (arXiv 2106.14881, section 3). They take away one block to pay for it; we leave the depth
-    as asked.
-    """
-
-    def __init__(self, patch_size: int, num_channels: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        layers, num_in = list[nn.Module](), num_channels
-        for halvings_left in reversed(range(patch_size.bit_length() - 1)):
-            num_out = max(1, embed_dim >> halvings_left)
-            conv = nn.Conv2d(num_in, num_out, 3, stride=2, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers += [conv, nn.BatchNorm2d(num_out), nn.ReLU()]
-            num_in = num_out
-        self.convs = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(num_in, embed_dim, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(self.convs(images)).flatten(2).mT
 
 
 class RelPosBias(nn.Module):
@@ -185,7 +125,8 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT: images [B, C, S, S], normalised, to logits [B, K].
+    """A plain ViT: images [B, C, S, S], normalised, to logits [B, K]. Its weights are drawn from torch's global
+    generator; seed that first.
 
     Parameter names are timm's. Two differences there: our patch projection is a linear layer, so its
     weight is timm's flattened from dimension 1 on; `rel_pos` is ours. The head's input is
@@ -300,8 +241,3 @@ class VisionTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
             if name.endswith(".qkv") and init == "zero_residual":
                 nn.init.zeros_(module.weight[: module.in_features])
-
-
-def build_vit(config: ModelConfig, image_size: int, num_channels: int, num_classes: int) -> VisionTransformer:
-    """A ViT with fresh weights drawn from torch's global generator; seed that first."""
-    return VisionTransformer(config, image_size, num_channels, num_classes)

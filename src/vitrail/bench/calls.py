@@ -22,7 +22,7 @@ from vitrail.data import ImageSet
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
 from vitrail.resolve import prepare_cpu
-from vitrail.vit import VisionTransformer, build_vit
+from vitrail.vit import VisionTransformer
 
 PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, num_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -115,7 +115,7 @@ def _build_our_inference(task: Task, setup: Setup, data: ImageSet) -> Call:
 
 
 def _build_our_model() -> VisionTransformer:
-    return build_vit(MODEL, IMAGE_SIZE, 3, NUM_CLASSES).eval()
+    return VisionTransformer(MODEL, IMAGE_SIZE, 3, NUM_CLASSES).eval()
 
 
 def _build_runtime(setup: Setup, batch_size: int, threads: int) -> Call:

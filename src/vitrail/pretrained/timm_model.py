@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
-from vitrail.vit import VisionTransformer, build_vit
+from vitrail.vit import VisionTransformer
 
 
 def convert_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def build_from_timm(model: Any) -> VisionTransformer:
         mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
         pool="cls" if pool == "cls" else "mean",
     )
-    ours = build_vit(config, height, projection.in_channels, model.num_classes)
+    ours = VisionTransformer(config, height, projection.in_channels, model.num_classes)
     state = convert_timm(model.state_dict())
     odd = sorted(set(state) ^ set(ours.state_dict()))
     if odd:
