@@ -425,7 +425,7 @@ def test_sizes_train_for_equal_epochs_and_for_equal_operations(scaled: tuple[Pat
     assert len(cells) == 16
     assert {cell["num_steps"] for cell in cells if cell["regime"] == "equal epochs"} == {2}
     widths = [cell["x"] for cell in cells if cell["arm"] == "vit" and cell["regime"] == "equal epochs"]
-    assert widths == [32, 48, 64, 96]
+    assert widths == [48, 64, 80, 96]
     costliest = max(cell["pflop"] for cell in cells if cell["regime"] == "equal epochs")
     for cell in cells:
         if cell["regime"] == "equal compute":
@@ -443,7 +443,7 @@ def test_scale_tells_a_fit_and_the_measured_cost(scaled: tuple[Path, dict[str, A
     assert fit["exponent"]["mean"] == pytest.approx(-slope)
     patches = [row for row in summary["cost"] if row["varies"] == "patches"]
     assert [row["patches"] for row in patches] == [16, 36, 64, 144]
-    assert [row["width"] for row in summary["cost"] if row["varies"] == "width"] == [32, 48, 64, 96]
+    assert [row["width"] for row in summary["cost"] if row["varies"] == "width"] == [48, 64, 80, 96]
     assert all(row["step_s"] > 0 for row in summary["cost"])
     ratio = patches[-1]["gflop"] / patches[0]["gflop"]
     assert any(f"from 16 to 144 patches: {ratio:.1f} times the operations" in s for s in summary["sentences"])

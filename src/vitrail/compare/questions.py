@@ -29,7 +29,7 @@ FEW = 0.05
 `transfer`, of those of the classes that are fine-tuned on."""
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """What of the budget fine-tuning gets."""
-SIZES = (0.5, 0.75, 1.0, 1.5)
+SIZES = (0.75, 1.0, 1.25, 1.5)
 """Width and depth over the recipe's own; heads keep their width."""
 RESNET_LR = {"lr": 2.0, "muon_lr": 8.0}
 """The ResNet's peak learning rates over the recipe's, which are the ViT's; chosen on val, as the lab notebook tells."""
