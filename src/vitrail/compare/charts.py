@@ -39,7 +39,7 @@ X_LABELS = {"seconds": "seconds of training", "pflop": "PFLOP of training"}
 def draw_results(results: Mapping[str, Any]) -> Figure:
     """The question's picture from what `results.json` holds."""
     question, summary, panels = get_question(results["question"]), results["summary"], PANELS[results["question"]]
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 4.2), dpi=120, layout="constrained")
     figure.suptitle(question.title)
     for axes, (regime, key) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         axes.grid(alpha=0.25)
@@ -56,7 +56,7 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
                 _rule(axes.xaxis, places, "{x:.0%}" if results["question"] == "data" else "{x:g}")
             if regime == EPOCHS:
                 _draw_fits(axes, summary["fits"], means)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
