@@ -49,7 +49,7 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
             means = [mean for mean in summary["means"] if mean["regime"] == regime]
             _draw_means(axes, means, key)
             axes.set(title=regime, xlabel=X_LABELS.get(key, question.x_label), ylabel="test accuracy, 95% intervals")
-            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+            axes.yaxis.set_major_formatter(_say_percent)
             if results["question"] != "regularisation":
                 axes.set_xscale("log")
                 places = sorted({mean["x"] for mean in means}) if key == "x" else None
@@ -58,6 +58,10 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
                 _draw_fits(axes, summary["fits"], means)
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
+
+
+def _say_percent(share: float, _: int | None) -> str:
+    return f"{100 * share:.4g}%"
 
 
 def _draw_means(axes: Axes, means: Sequence[Row], key: str) -> None:
