@@ -429,7 +429,8 @@ def test_sizes_train_for_equal_epochs_and_for_equal_operations(scaled: tuple[Pat
     costliest = max(cell["pflop"] for cell in cells if cell["regime"] == "equal epochs")
     for cell in cells:
         if cell["regime"] == "equal compute":
-            assert cell["pflop"] == pytest.approx(costliest, rel=0.5 / cell["num_steps"])
+            half_a_step = 0.5 * cell["pflop"] / cell["num_steps"]
+            assert cell["pflop"] == pytest.approx(costliest, abs=1.001 * half_a_step)
 
 
 def test_scale_tells_a_fit_and_the_measured_cost(scaled: tuple[Path, dict[str, Any]]) -> None:

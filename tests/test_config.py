@@ -89,7 +89,7 @@ def test_unknown_missing_and_misfitting_values_are_named() -> None:
         (lambda: RunConfig(seed=-1), "seed is -1"),
         (lambda: RunConfig(budget="soon"), "budget 'soon' is not understood; write for example 30min"),
         (lambda: RunConfig(budget="0min"), "budget '0min'"),
-        (lambda: get_preset("huge"), "no preset 'huge'; give one of tiny, quick"),
+        (lambda: get_preset("huge"), "no preset 'huge'; give one of tiny, minute, quick"),
     ],
 )
 def test_wrong_values_are_refused_with_the_value(make: object, message: str) -> None:

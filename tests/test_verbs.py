@@ -166,7 +166,7 @@ def test_train_evaluate_predict_by_command(
     ("arguments", "message"),
     [
         (["fly"], "no verb 'fly'; give one of train, evaluate, predict"),
-        (["train", "huge"], "no preset 'huge'; give one of tiny, quick"),
+        (["train", "huge"], "no preset 'huge'; give one of tiny, minute, quick"),
         (["train", "--preset", "huge"], "no preset 'huge'"),
         (["train", "tiny", "--data", "nowhere", "--out", "{tmp}/r"], "no data source 'nowhere'"),
         (
