@@ -253,10 +253,17 @@ def read_notes(run: Run) -> list[str]:
 def test_bad_weights_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.pth").write_bytes(b"")
     _, timms = save_timm(tmp_path)
-    for source, said in ((tmp_path / "x.pth", "is a pickle"), (timms, "give --model.embed-dim 48 --model.depth 3")):
+    sides = [["depth", "3", "4"], ["mlp_ratio", "4", "2"]]  # the preset's are on the right
+    for source, said, told in (
+        (tmp_path / "x.pth", "is a pickle", []),
+        (timms, "give --model.embed-dim 48 --model.depth 3", sides),
+    ):
         out = tmp_path / "run"
         assert main(["train", "tiny", "--budget", "1epochs", "--init-from", str(source), "--out", str(out)]) == 2
         printed = capsys.readouterr()
         assert said in printed.err
-        assert len(printed.err.strip().splitlines()) == 1
+        first, *table = printed.err.strip().splitlines()
+        assert first.startswith("error: ")
+        rows = [row.strip("│").replace("│", " ").split() for row in table if row.startswith("│")]
+        assert [row for row in rows if row[0] in ("depth", "mlp_ratio")] == told
         assert not out.exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitrail.errors import Interrupted, VitrailError, VitrailWarning
 from vitrail.verbs import VERBS
-from vitrail.verbs.speak import say
+from vitrail.verbs.speak import say, show_table
 
 HELP = """\
 vitrail: Vision Transformers for small images, from scratch, that one can see through.
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         say(f"error: {error}")
+        if error.table:
+            show_table(error.table[0], error.table[1:], stderr=True)
         return 2
     except Interrupted as stop:
         say(str(stop))

@@ -4,12 +4,19 @@ The command line shows a `VitrailError` as one line and exits with code 2. Anyth
 of ours and keeps its traceback. `Event` is how long work tells of its progress without printing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
 class VitrailError(Exception):
-    """The input is wrong: the message says what it was, what was expected and what to do."""
+    """The input is wrong: the message says what it was, what was expected and what to do.
+
+    Where two sides differ in several things, `table` has them for people: a heading, then rows of as many cells.
+    """
+
+    def __init__(self, message: str, table: Sequence[Sequence[str]] = ()) -> None:
+        super().__init__(message)
+        self.table = table
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on

@@ -156,9 +156,9 @@ def _check_dimensions(weights: Weights, ours: Mapping[str, Tensor], config: Reso
     theirs, here = _dimensions(weights.state, weights.num_heads), _dimensions(ours, config.model.num_heads)
     differ = {name: value for name, value in theirs.items() if here and value not in (None, here[name])}
     if differ:
-        table = "; ".join(f"{name} {value:g} there, {here[name]:g} here" for name, value in differ.items())
+        table = [("", "there", "here"), *((name, f"{value:g}", f"{here[name]:g}") for name, value in differ.items())]
         flags = " ".join(f"--model.{name.replace('_', '-')} {value:g}" for name, value in differ.items())
-        raise VitrailError(f"{weights.source} is of another model than this: {table}; give {flags}")
+        raise VitrailError(f"{weights.source} is of another model than this; give {flags}", table)
 
 
 def _check_names(weights: Weights, ours: Mapping[str, Tensor]) -> None:

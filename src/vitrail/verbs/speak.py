@@ -13,8 +13,8 @@ def say(text: str) -> None:
     print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output, whose cells are text and no markup."""
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], stderr: bool = False) -> None:
+    """A table on standard output, or on standard error, whose cells are text and no markup."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -22,7 +22,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+    Console(stderr=stderr).print(table)
 
 
 def parse(kind: Any, verb: str, arguments: list[str], default: Any = None) -> Any:
