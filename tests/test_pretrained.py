@@ -99,7 +99,7 @@ def test_timm_folder(tmp_path: Path) -> None:
     agree(begin(tmp_path)[0], theirs)
     weights = read_weights(str(tmp_path))
     assert (weights.num_heads, weights.pool, weights.mean) == (HEADS, "cls", (0.5,) * 3)
-    with pytest.raises(VitrailError, match="another model than this; give --model.num-heads 4$"):
+    with pytest.raises(VitrailError, match=r"another model than this; give --model.num-heads 4$"):
         begin(tmp_path, make_resolved(num_heads=8))
 
 
@@ -128,7 +128,7 @@ def test_timm_by_name(hub: Path) -> None:
     weights = read_weights("timm:test_vit")
     assert (weights.num_heads, weights.pool) == (2, "cls")
     assert weights.adopt(config.preprocessing).mean == (0.5, 0.5, 0.5)
-    with pytest.raises(VitrailError, match="another model than this; give --model.num-heads 2$"):
+    with pytest.raises(VitrailError, match=r"another model than this; give --model.num-heads 2$"):
         begin("timm:test_vit", replace(config, model=replace(config.model, num_heads=4)))
 
 
@@ -177,7 +177,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     # The names that transformers 5 has for the same in memory.
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     agree(begin(tmp_path)[0], theirs)
-    with pytest.raises(VitrailError, match="another model than this; give --model.num-heads 4$"):
+    with pytest.raises(VitrailError, match=r"another model than this; give --model.num-heads 4$"):
         begin(tmp_path, make_resolved(num_heads=6))
 
 
@@ -247,7 +247,7 @@ def test_google_file(tmp_path: Path, kind: str) -> None:
     assert names(report.loaded) == set(ours.state_dict())
     assert not report.unused
     assert read_weights(str(path)).mean == (0.5, 0.5, 0.5)
-    with pytest.raises(VitrailError, match="another model than this; give --model.num-heads 4$"):
+    with pytest.raises(VitrailError, match=r"another model than this; give --model.num-heads 4$"):
         begin(path, make_resolved(num_heads=6))
 
 
