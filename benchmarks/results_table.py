@@ -4,15 +4,20 @@
     vitrail evaluate runs/half-hour --split val && vitrail evaluate runs/half-hour --split test
     python benchmarks/results_table.py runs/half-hour --out docs/results
 
-Prints a Markdown table, and copies what it was made from to `docs/results/<run>/` with a picture of the curve.
+Prints a Markdown table, and copies what it was made from to `docs/results/<run>/` with a picture of the curve. After
+runs that differ in their seed alone stands their mean, with the 95% interval over the seeds (Student's t).
 """
 
 import argparse
 import json
 import shutil
+import statistics
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from scipy.stats import t
 
 from vitrail.config import to_dict
 from vitrail.presets import get_preset
@@ -22,9 +27,14 @@ from vitrail.run import Run, load_run
 KEPT = ("config.json", "metrics.jsonl", "evaluation-val.json", "evaluation-test.json")
 
 
+def evaluation(run: Run, split: str) -> dict[str, float]:
+    """What `vitrail evaluate` wrote of a split."""
+    return json.loads((run.folder / f"evaluation-{split}.json").read_text())
+
+
 def accuracy(run: Run, split: str) -> str:
-    """The accuracy of an evaluated split with its 95% interval, in percent."""
-    figures = json.loads((run.folder / f"evaluation-{split}.json").read_text())
+    """The accuracy of an evaluated split with its 95% interval over the images, in percent."""
+    figures = evaluation(run, split)
     low, high = 100 * figures["accuracy_low"], 100 * figures["accuracy_high"]
     return f"{100 * figures['accuracy']:.2f} ({low:.2f}–{high:.2f})"
 
@@ -56,6 +66,18 @@ def table_row(run: Run) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def mean_row(runs: list[Run]) -> str:
+    """Seeds of one command as a row: their means, and of the accuracies the interval over the seeds."""
+    last = [run.read_metrics()[-1] for run in runs]
+    means = [statistics.mean(row["elapsed_s"] / 60 for row in last), statistics.mean(row["epoch"] for row in last)]
+    cells = [f"mean of {len(runs)} seeds", *(f"{mean:.1f}" for mean in means), "", ""]
+    for split in ("val", "test"):
+        reached = [100 * evaluation(run, split)["accuracy"] for run in runs]
+        half = t.ppf(0.975, len(runs) - 1) * statistics.stdev(reached) / len(runs) ** 0.5
+        cells.append(f"{statistics.mean(reached):.2f} ± {half:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
 def draw_curve(run: Run, picture: Path) -> None:
     """Training loss and validation accuracy over the minutes of a run."""
     rows = run.read_metrics()
@@ -79,14 +101,18 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| command | minutes | passes | parameters | PFLOP | val, % | test, % |")
     print("|---|---|---|---|---|---|---|")
-    for folder in arguments.runs:
-        run = load_run(folder)
-        kept = arguments.out / folder.name
+    runs = [load_run(folder) for folder in arguments.runs]
+    for run in runs:
+        kept = arguments.out / run.folder.name
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            shutil.copy(folder / name, kept / name)
+            shutil.copy(run.folder / name, kept / name)
         draw_curve(run, kept / "curve.png")
-        print(table_row(run))
+    for _, group in groupby(runs, key=lambda run: replace(run.config.asked(), seed=0)):
+        seeds = list(group)
+        print(*map(table_row, seeds), sep="\n")
+        if len(seeds) > 1:
+            print(mean_row(seeds))
 
 
 if __name__ == "__main__":
