@@ -1,6 +1,6 @@
 """What went wrong, told to the person who can mend it.
 
-The command line shows a `VitrailError` as one line and exits with code 2. Anything else is a bug
+The command line shows a `VitrailError` as one line, with its table below, and exits with code 2. Anything else is a bug
 of ours and keeps its traceback. `Event` is how long work tells of its progress without printing.
 """
 
