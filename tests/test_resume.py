@@ -81,7 +81,7 @@ def test_resume_bitwise_in_bf16_with_replicas(tmp_path: Path) -> None:
 def test_resume_bitwise_with_a_budget_in_seconds(tmp_path: Path) -> None:
     """The probe turns seconds into steps once; time already spent is told on, not spent anew."""
     with pytest.raises(Interrupted):
-        train(make_config(**ALL, budget="4s"), tmp_path / "run", stop_at(20))
+        train(make_config(**ALL, budget="8s"), tmp_path / "run", stop_at(2))  # a busy machine plans only a few
     spent = load_run(tmp_path / "run").load_checkpoint()[1]["elapsed_s"]
     config = load_run(tmp_path / "run").config
     resumed = resume(tmp_path / "run")
@@ -153,9 +153,11 @@ def test_ckpt_corrupt(whole: Run, tmp_path: Path) -> None:
 
 
 def test_kill_save(tmp_path: Path) -> None:
-    """SIGKILL at 50 random moments of saving: what is published is always sound."""
+    """SIGKILL at 50 random moments of saving, more on a busy machine: what is published is always sound."""
     draw, step = random.Random(0), 0
-    for _ in range(50):
+    for kills in range(500):
+        if kills >= 50 and step > 25:
+            break
         child = os.fork()
         if child == 0:
             for i in itertools.count(step):
