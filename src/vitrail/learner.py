@@ -169,10 +169,12 @@ class Learner:
             self.model.parameters(), *(r.parameters() for r in self._replicas), strict=True
         ):
             gradients = [working.grad for working in workings if working.grad is not None]
-            if gradients:  # what is frozen has none
-                parameter.grad = torch.stack(gradients).sum(0, dtype=torch.float32)
             for working in workings:
                 working.grad = None
+            if gradients:  # what is frozen has none
+                parameter.grad = gradients[0].float()  # in fp32 the replica's own, which it has just let go
+                for gradient in gradients[1:]:
+                    parameter.grad += gradient
 
     def result(self) -> dict[str, Tensor]:
         """The fp32 weights to evaluate and keep, whole: the averaged ones if there are any."""
