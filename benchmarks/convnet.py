@@ -6,7 +6,7 @@
 Loop, data, augmentation and optimizers are vitrail's. The network is of airbench's kind (Jordan 2024, arXiv 2404.00498,
 section 3): a first layer on patches of two pixels, then three groups of two 3×3 convolutions, each group pooled by
 two, with batch norm and GELU after every convolution, and the maximum over the places that are left. It differs in that
-the first layer is learned, not whitened, and in its widths, which make it as large as `quick`'s ViT.
+the first layer is learned, not whitened, and in its widths, which make it as large as a ViT 128 wide and 6 deep.
 """
 
 import sys

@@ -8,9 +8,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
-from vitrail.config import ModelConfig, OptimConfig, RunConfig
+from vitrail.config import Budget, ModelConfig, OptimConfig, RunConfig
 from vitrail.presets import get_preset
-from vitrail.run import Run
+from vitrail.resolve import count_training_flops
+from vitrail.run import BUNDLED, Run, load_run
+from vitrail.schedule import plan_steps
 from vitrail.train import train
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -62,9 +64,24 @@ def accuracy_after_a_minute(config: RunConfig, data: Path, out: Path) -> tuple[f
 @pytest.mark.slow
 def test_the_recipe_beats_plain_adamw_in_a_minute(shapes: Path, tmp_path: Path) -> None:
     quick = get_preset("quick")
-    plain = replace(quick, model=ModelConfig(), optim=OptimConfig(optimizer="adamw", lr=1e-3))
+    plain = replace(
+        quick,
+        model=ModelConfig(embed_dim=quick.model.embed_dim),
+        optim=OptimConfig(optimizer="adamw", lr=1e-3, batch_size=quick.optim.batch_size),
+    )
     ours, run = accuracy_after_a_minute(quick, shapes, tmp_path / "quick")
     theirs, other = accuracy_after_a_minute(plain, shapes, tmp_path / "plain")
     assert run.config.num_train == other.config.num_train == NUM_TRAIN
     assert max(run.read_metrics()[-1]["elapsed_s"], other.read_metrics()[-1]["elapsed_s"]) < 75
     assert ours > theirs + MARGIN, f"quick {ours:.1%}, plain AdamW {theirs:.1%}"
+
+
+def test_gpu_is_best_with_a_hundred_times_the_operations() -> None:
+    shipped = load_run(BUNDLED / "cifar10").config
+
+    def flop(name: str) -> float:
+        preset = get_preset(name)
+        steps = plan_steps(Budget.parse(preset.budget), shipped.epoch_images, preset.optim.batch_size, 0, 0)
+        return count_training_flops(replace(shipped, model=preset.model, optim=preset.optim, num_steps=steps))
+
+    assert flop("gpu") / flop("best") == pytest.approx(100, rel=0.1)

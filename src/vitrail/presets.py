@@ -1,6 +1,6 @@
 """Named recipes: the defaults that flags override. No torch here.
 
-What each one reaches, with its command and machine, stands in the README.
+What each one reaches, with its command and machine, or that it was not measured, stands in the README.
 """
 
 from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, RunConfig
@@ -25,15 +25,39 @@ PRESETS: dict[str, RunConfig] = {
     "quick": RunConfig(
         preset="quick",
         budget="10min",
-        model=ModelConfig(num_heads=4, rel_pos="neighbour", init="zero_residual"),
-        optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
+        model=ModelConfig(embed_dim=64, num_heads=4, rel_pos="neighbour", init="zero_residual"),
+        optim=OptimConfig(batch_size=64, muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
+        augment=AugmentConfig(crop_padding=2),
     ),
     "hour": RunConfig(
         preset="hour",
         budget="60min",
-        model=ModelConfig(embed_dim=192, num_heads=6, rel_pos="neighbour", init="zero_residual"),
+        model=ModelConfig(embed_dim=96, num_heads=4, rel_pos="neighbour", init="zero_residual"),
         optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
+        augment=AugmentConfig(erasing=0.25),
+    ),
+    "best": RunConfig(
+        preset="best",
+        budget="100epochs",
+        model=ModelConfig(embed_dim=192, num_heads=6, rel_pos="neighbour", init="zero_residual"),
+        optim=OptimConfig(muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65, ema_decay=0.999),
         augment=AugmentConfig(policy="trivialaugment", erasing=0.25),
+    ),
+    # Not measured: what `best` would be with a hundred times its operations.
+    "gpu": RunConfig(
+        preset="gpu",
+        budget="700epochs",
+        model=ModelConfig(
+            embed_dim=384,
+            depth=9,
+            num_heads=6,
+            mlp_ratio=4.0,
+            drop_path_rate=0.1,
+            rel_pos="neighbour",
+            init="zero_residual",
+        ),
+        optim=OptimConfig(batch_size=512, muon_lr=0.01, muon_weight_decay=0.1, ema_decay=0.9999),
+        augment=AugmentConfig(policy="randaugment", erasing=0.25, mixup=0.8, cutmix=1.0),
     ),
 }
 
