@@ -256,6 +256,17 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_inside_compiled_text_keeps_its_exit_code(tmp_path: Path) -> None:
+    """As where torch makes its dataclasses: CPython would die of the signal at exit, though it was caught."""
+    text = "import os, signal; os.kill(os.getpid(), signal.SIGINT); [None for _ in range(9)]"
+    stand_in = f"from vitrail import cli; cli.VERBS['train'] = lambda _: exec({text!r})"
+    (tmp_path / "sitecustomize.py").write_text(stand_in)
+    command = [sys.executable, "-m", "vitrail", "train"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing more was saved\n")
+
+
 def test_help_answers_in_half_a_second() -> None:
     def seconds() -> float:
         began = time.perf_counter()
