@@ -111,8 +111,12 @@ def test_filters_of_a_conv_stem_are_its_first_convolutions() -> None:
 
 def test_flops_of_a_vit_by_hand() -> None:
     tokens, width, depth, hidden = 17, 32, 2, 64
+    embed, head = 16 * 4 * 4 * 3 * width, width * 5
     products = tokens * width * (3 * width + width + 2 * hidden) + 2 * tokens**2 * width
-    expected = 2 * (16 * 4 * 4 * 3 * width + depth * products + width * 5)
+    assert count_flops(replace(SMALL, pool="mean"), 16, 3, 5) == 2 * (embed + depth * products + head)
+    # The last block makes nothing of the tokens that the head does not read.
+    last = tokens * width * 3 * width + width * (width + 2 * hidden) + 2 * tokens * width
+    expected = 2 * (embed + (depth - 1) * products + last + head)
     assert count_flops(SMALL, 16, 3, 5) == expected
     assert count_flops(replace(SMALL, rel_pos="neighbour", init="zero_residual"), 16, 3, 5) == expected
 

@@ -69,7 +69,7 @@ def build(**changes: object) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("rel_pos", ["none", "neighbour"])
 def test_trace_shows_what_forward_uses(rel_pos: str) -> None:
-    model, images = build(rel_pos=rel_pos)
+    model, images = build(rel_pos=rel_pos, pool="mean")
     used: list[Tensor] = []
     for block in model.blocks:
         block.attn.register_forward_hook(lambda _, __, output: used.append(output[1]))
@@ -82,6 +82,27 @@ def test_trace_shows_what_forward_uses(rel_pos: str) -> None:
     assert torch.equal(attention, seen_by_forward)
     torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 4, 17))
     assert attention.min() >= 0
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "neighbour"])
+def test_what_the_head_does_not_read_is_not_made_and_changes_nothing(rel_pos: str) -> None:
+    """The last block of `forward` ends at the class token: same logits, gradients and attention as with all tokens."""
+    model, images = build(rel_pos=rel_pos)
+    used: list[Tensor] = []
+    model.blocks[-1].attn.register_forward_hook(lambda _, __, output: used.append(output[1]))
+
+    def gradients_of(logits: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        logits.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    logits = model(images)
+    gradients = gradients_of(logits)
+    traced_logits, attention = model.trace(images)
+    torch.testing.assert_close(logits, traced_logits)
+    torch.testing.assert_close(gradients, gradients_of(traced_logits), rtol=1e-4, atol=1e-4)
+    assert used[0].shape == (2, 4, 1, 17)
+    torch.testing.assert_close(used[0], attention[-1][:, :, :1])
 
 
 def test_attention_is_the_papers_formula() -> None:

@@ -3,8 +3,9 @@
 Shapes are written with B images, C channels, N patches, T = N + 1 tokens, D wide, H heads.
 
 There is one path: `forward`, training and `trace` all run the same blocks, and a block always has
-its attention at hand. Attention is two batched matrix products around a softmax. On a CPU that
-trains about twice as fast as the fused kernel, whose backward pass is slow there.
+its attention at hand. `forward` alone leaves out what the last block would make of tokens that the head
+does not read: all but the class token, most of that block's work. Attention is two batched matrix products
+around a softmax. On a CPU that trains about twice as fast as the fused kernel, whose backward pass is slow there.
 """
 
 import math
@@ -60,7 +61,10 @@ class RelPosBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T]."""
+    """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T].
+
+    With `num_looking` only so many tokens, from the first, look at all T: [B, num_looking, D], [B, H, num_looking, T].
+    """
 
     def __init__(self, config: ModelConfig, grid_size: int) -> None:
         super().__init__()
@@ -71,15 +75,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, num_looking: int | None = None) -> tuple[Tensor, Tensor]:
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        similarity = (query * self.scale) @ key.transpose(-2, -1)
+        similarity = (query[:, :, :num_looking] * self.scale) @ key.transpose(-2, -1)
         if self.rel_pos is not None:
-            similarity = similarity + self.rel_pos(math.isqrt(t))
+            similarity = similarity + self.rel_pos(math.isqrt(t))[:, :num_looking]
         weights = similarity.softmax(dim=-1)
-        heads = (weights @ value).transpose(1, 2).reshape(b, t, d)
+        heads = (weights @ value).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(heads)), weights
 
 
@@ -107,7 +111,8 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 class Block(nn.Module):
     """One encoder block (equations 2 and 3): attention, then the MLP, each behind a LayerNorm and around
-    a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]."""
+    a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]; with `num_kept` only
+    of so many tokens, from the first."""
 
     def __init__(self, config: ModelConfig, grid_size: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -117,9 +122,9 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        attended, weights = self.attn(self.norm1(x))
-        x = x + drop_path(attended, self.drop_path_rate, self.training)
+    def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
+        attended, weights = self.attn(self.norm1(x), num_kept)
+        x = x[:, :num_kept] + drop_path(attended, self.drop_path_rate, self.training)
         x = x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
         return x, weights
 
@@ -154,12 +159,13 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, grid_size, rate) for rate in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if config.head == "linear" else LabelQuery(config, num_classes)
+        self._num_read = 1 if config.pool == "cls" and config.head == "linear" else None
         self._init_weights(config.init)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        for block in self.blocks:
-            x, _ = block(x)
+        for i, block in enumerate(self.blocks, start=1):
+            x, _ = block(x, self._num_read if i == len(self.blocks) else None)
         return self.classify(x)
 
     def trace(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -170,17 +170,30 @@ def _build_products(setup: Setup, batch_size: int, num_workers: int) -> Call:
 def _list_products(num_images: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(a, b, a·b) for each product of the blocks; the patch embedding and the head are left out as too small."""
     tokens = (IMAGE_SIZE // MODEL.patch_size) ** 2 + 1
+    every = _list_block_products(num_images, tokens, tokens, dtype)
+    return every * (MODEL.depth - 1) + _list_block_products(num_images, tokens, 1, dtype)
+
+
+def _list_block_products(
+    num_images: int, tokens: int, kept: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Those of a block of which `kept` tokens go on: in the last one, the class token alone."""
     width, per_head = MODEL.embed_dim, num_images * MODEL.num_heads
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype)
 
     products: list[tuple[Tensor, Tensor, Tensor]] = []
-    for fan_in, fan_out in ((width, 3 * width), (width, width), (width, MLP_DIM), (MLP_DIM, width)):
-        x, w, y = new(num_images * tokens, fan_in), new(fan_out, fan_in), new(num_images * tokens, fan_out)
+    for rows, fan_in, fan_out in (
+        (tokens, width, 3 * width),
+        (kept, width, width),
+        (kept, width, MLP_DIM),
+        (kept, MLP_DIM, width),
+    ):
+        x, w, y = new(num_images * rows, fan_in), new(fan_out, fan_in), new(num_images * rows, fan_out)
         products += [(x, w.T, y), (y, w, x.clone()), (y.T, x, w.clone())]
-    q, k, v = (new(per_head, tokens, width // MODEL.num_heads) for _ in range(3))
-    similarity, heads = new(per_head, tokens, tokens), torch.empty_like(v)
+    q, k, v = (new(per_head, rows, width // MODEL.num_heads) for rows in (kept, tokens, tokens))
+    similarity, heads = new(per_head, kept, tokens), torch.empty_like(q)
     products += [(q, k.mT, similarity), (similarity, v, heads)]
     products += [(heads, v.mT, similarity), (similarity.mT, heads, v), (similarity, k, q), (similarity.mT, q, k)]
-    return products * MODEL.depth
+    return products
