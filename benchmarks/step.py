@@ -1,10 +1,11 @@
-"""Where the time of a training step goes: the share of data and augmentation, and what replicas are worth.
+"""Where the time of a training step goes: data and augmentation, and what replicas and a short last block are worth.
 
     python benchmarks/step.py --data ../shared/cifar10
 
-Prints one JSON object. `share_of_step`: fetching and augmenting a batch over the whole step, median over steps, for the
-preset's own augmentation and for heavier ones. `replicas`: images per second with a replica for each thread over those
-of one replica with all threads, alternating, median and extremes of the pairs.
+Prints one JSON object, of steps on whole pictures. `share_of_step`: fetching and augmenting a batch over the whole
+step, median over steps, for the preset's own augmentation and for heavier ones. `replicas`: images per second with a replica for each thread over those
+of one replica with all threads, alternating, median and extremes of the pairs. `last_block`: likewise, over those of a
+step whose last block makes all tokens, as `trace` does, though the head reads only one.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from vitrail.errors import ignore_events
 from vitrail.learner import Learner
 from vitrail.presets import get_preset
 from vitrail.resolve import choose_machine, prepare_cpu, resolve
+from vitrail.vit import VisionTransformer
 
 NUM_STEPS = 15
 NUM_PAIRS = 7
@@ -50,8 +52,8 @@ def measure(config: ResolvedConfig, train_set: ImageSet) -> float:
     return statistics.median(shares[3:])
 
 
-def compare_replicas(config: ResolvedConfig, train_set: ImageSet) -> dict[str, float]:
-    """The speed of the replicas over that of one, in pairs of a few steps each."""
+def compare_steps(config: ResolvedConfig, train_set: ImageSet) -> dict[str, dict[str, float]]:
+    """How many times as fast a step is as with one replica, and as with a whole last block, in pairs of a few steps."""
     stream = SampleStream(train_set.labels, config.seed, balanced=False)
     batch = train_set.take(stream.indices(0, config.optim.batch_size))
     with mock.patch("vitrail.learner.MAX_REPLICAS", 1):
@@ -64,9 +66,18 @@ def compare_replicas(config: ResolvedConfig, train_set: ImageSet) -> dict[str, f
             learner.step(batch, step)
         return time.perf_counter() - began
 
-    seconds(one), seconds(many)
-    ratios = [seconds(one) / seconds(many) for _ in range(NUM_PAIRS)]
-    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    def seconds_with_all_tokens(learner: Learner) -> float:
+        with mock.patch.object(VisionTransformer, "forward", lambda self, images: self.trace_labels(images)[0]):
+            return seconds(learner)
+
+    others = {"replicas": lambda: seconds(one), "last_block": lambda: seconds_with_all_tokens(many)}
+    seconds(many)
+    found = dict[str, dict[str, float]]()
+    for name, other_seconds in others.items():
+        other_seconds()
+        ratios = [other_seconds() / seconds(many) for _ in range(NUM_PAIRS)]
+        found[name] = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return found
 
 
 def main() -> None:
@@ -75,6 +86,7 @@ def main() -> None:
     parser.add_argument("--preset", default="quick")
     arguments = parser.parse_args()
     preset = choose_machine(replace(get_preset(arguments.preset), data=arguments.data))
+    preset = replace(preset, optim=replace(preset.optim, coarse_fraction=0.0))  # whole pictures, as the last steps take
     prepare_cpu(preset.threads)
     train_set, val_set, preprocessing = load_training_data(preset, ignore_events)
     config = replace(resolve(preset, train_set, val_set, preprocessing), num_steps=NUM_STEPS)
@@ -87,7 +99,7 @@ def main() -> None:
                 "preset": preset.preset,
                 "torch": torch.__version__,
                 "share_of_step": shares,
-                "replicas": compare_replicas(config, train_set),
+                **compare_steps(config, train_set),
             },
             indent=1,
         )

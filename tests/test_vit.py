@@ -13,7 +13,7 @@ from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.pretrained import convert_timm
 from vitrail.stem import patchify, unpatchify
-from vitrail.vit import Attention, RelPosBias, VisionTransformer, drop_path
+from vitrail.vit import Attention, RelPosBias, VisionTransformer, drop_path, first_looks
 
 
 @given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))
@@ -131,9 +131,22 @@ def test_mean_pooling_ignores_the_class_token_and_cls_reads_it() -> None:
         assert same is not expect_change
 
 
+def test_the_heads_first_look_at_sides_and_corners_in_turn_and_farther_late() -> None:
+    sides, corners = {(-1, 0), (0, -1), (0, 1), (1, 0)}, {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    looks = [first_looks(block, 6, 4) for block in range(6)]
+    assert [set(look) for look in looks[:4]] == [sides, corners, sides, corners]
+    assert [{(dy / 2, dx / 2) for dy, dx in look} for look in looks[4:]] == [sides, corners]
+    assert set(first_looks(3, 9, 8)) == sides | corners
+    assert first_looks(1, 9, 6) == [*first_looks(0, 9, 8)[6:], *first_looks(0, 9, 8)[:4]]
+
+
 def test_neighbour_start_gives_each_head_one_neighbour() -> None:
-    torch.manual_seed(0)
-    bias = RelPosBias(grid_size=4, num_heads=8, start="neighbour")(4)
+    model = VisionTransformer(ModelConfig(embed_dim=32, depth=3, num_heads=8, rel_pos="neighbour"), 16, 3, 5)
+    for i, block in enumerate(model.blocks):
+        table = block.attn.rel_pos.relative_position_bias_table
+        begun_at = [(int(place) // 7 - 3, int(place) % 7 - 3) for place in table.argmax(1)]
+        assert begun_at == first_looks(i, 3, 8)
+    bias = RelPosBias(grid_size=4, num_heads=8, looks=first_looks(0, 6, 8))(4)
     assert bias.shape == (8, 17, 17)
     assert bias[:, 0].abs().max() == 0
     assert bias[:, :, 0].abs().max() == 0
@@ -148,7 +161,7 @@ def test_neighbour_start_gives_each_head_one_neighbour() -> None:
 
 
 def test_relative_bias_depends_on_the_offset_alone() -> None:
-    rel_pos = RelPosBias(grid_size=3, num_heads=1, start="zero")
+    rel_pos = RelPosBias(grid_size=3, num_heads=1)
     assert rel_pos(3).abs().max() == 0
     nn.init.normal_(rel_pos.relative_position_bias_table)
     bias = rel_pos(3)[0, 1:, 1:].reshape(3, 3, 3, 3)
@@ -157,7 +170,7 @@ def test_relative_bias_depends_on_the_offset_alone() -> None:
 
 
 def test_a_smaller_grid_keeps_the_bias_of_each_offset() -> None:
-    rel_pos = RelPosBias(grid_size=5, num_heads=2, start="zero")
+    rel_pos = RelPosBias(grid_size=5, num_heads=2)
     nn.init.normal_(rel_pos.relative_position_bias_table)
     large, small = rel_pos(5)[:, 1:, 1:].reshape(2, 5, 5, 5, 5), rel_pos(3)[:, 1:, 1:].reshape(2, 3, 3, 3, 3)
     assert rel_pos(3).shape == (2, 10, 10)

@@ -61,7 +61,7 @@ class ModelConfig:
     """Stochastic depth: the last block's chance to be skipped per image, rising linearly from 0."""
     rel_pos: Literal["none", "zero", "neighbour"] = "none"
     """Learned relative position bias on the attention: none (the paper), started at zero, or started
-    so that each head looks around one neighbouring patch."""
+    so that each head looks around one patch nearby."""
     init: Literal["paper", "zero_residual"] = "paper"
     """How the weights begin: as timm starts them, or with residual branches that add nothing and queries that
     ask for nothing at first."""

@@ -9,7 +9,7 @@ from vitrail.config import AugmentConfig, ModelConfig, OptimConfig, RunConfig
 from vitrail.errors import VitrailError
 
 DEFAULT_PRESET = "quick"
-# What all recipes share: heads that begin on a neighbouring patch, blocks that begin by adding nothing.
+# What all recipes share: heads that begin on a patch nearby, blocks that begin by adding nothing.
 local_vit = partial(ModelConfig, rel_pos="neighbour", init="zero_residual")
 
 PRESETS: dict[str, RunConfig] = {

@@ -9,6 +9,7 @@ around a softmax. On a CPU that trains about twice as fast as the fused kernel, 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,24 @@ from vitrail.errors import VitrailError
 from vitrail.label_query import LabelQuery
 from vitrail.stem import ConvStem, PatchEmbed
 
-NEIGHBOUR_OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+# The four sides, then the four corners.
+NEIGHBOURS = [(-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+
+
+def first_looks(block: int, depth: int, num_heads: int) -> list[tuple[int, int]]:
+    """Where the heads of a block, counted from 0, look first, as (dy, dx) in patches: the eight neighbours are dealt
+    out in turn, on from block to block, and lie twice as far in the last third of the blocks."""
+    reach = 2 if 3 * block >= 2 * depth else 1
+    dealt = (NEIGHBOURS[(block * num_heads + head) % len(NEIGHBOURS)] for head in range(num_heads))
+    return [(reach * dy, reach * dx) for dy, dx in dealt]
 
 
 class RelPosBias(nn.Module):
     """A learned number per head for each offset between two patches, added to the attention logits.
 
-    The class token, which has no place in the picture, gets 0 towards and from every token. Begun at
-    "neighbour", each head looks around one of the eight neighbouring patches, a different one for each
-    of up to eight heads: its bias is minus the squared distance from there, in patches. So a block starts
-    as something like a 3×3 convolution; training may undo it.
+    The class token, which has no place in the picture, gets 0 towards and from every token. Begun with
+    `looks`, each head looks around the patch at its offset: its bias is minus the squared distance from
+    there, in patches. So a block starts as something like a 3×3 convolution; training may undo it.
 
     Source: the bias of Shaw et al. 2018 (arXiv 1803.02155) as used in Swin (arXiv 2103.14030,
     equation 4); the start is ConViT's (arXiv 2103.10697, equation 6, with locality strength 1), without its gate.
@@ -36,16 +45,12 @@ class RelPosBias(nn.Module):
 
     index: Tensor
 
-    def __init__(self, grid_size: int, num_heads: int, start: str) -> None:
+    def __init__(self, grid_size: int, num_heads: int, looks: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__()
         span = 2 * grid_size - 1
-        table = torch.zeros(num_heads, span, span)
-        if start == "neighbour":
-            offset = torch.arange(span) - (grid_size - 1)
-            order = torch.randperm(len(NEIGHBOUR_OFFSETS), device="cpu").tolist()
-            for head in range(num_heads):
-                dy, dx = NEIGHBOUR_OFFSETS[order[head % len(order)]]
-                table[head] = -((offset - dy)[:, None] ** 2 + (offset - dx) ** 2)
+        table, offset = torch.zeros(num_heads, span, span), torch.arange(span) - (grid_size - 1)
+        for head, (dy, dx) in enumerate(looks):
+            table[head] = -((offset - dy)[:, None] ** 2 + (offset - dx) ** 2)
         self.relative_position_bias_table = nn.Parameter(table.flatten(1))
         y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         y, x = y.flatten(), x.flatten()
@@ -66,12 +71,13 @@ class Attention(nn.Module):
     With `num_looking` only so many tokens, from the first, look at all T: [B, num_looking, D], [B, H, num_looking, T].
     """
 
-    def __init__(self, config: ModelConfig, grid_size: int) -> None:
+    def __init__(self, config: ModelConfig, grid_size: int, block: int = 0) -> None:
         super().__init__()
+        looks = first_looks(block, config.depth, config.num_heads) if config.rel_pos == "neighbour" else []
         self.num_heads = config.num_heads
         self.scale = (config.embed_dim // config.num_heads) ** -0.5
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.rel_pos = None if config.rel_pos == "none" else RelPosBias(grid_size, config.num_heads, config.rel_pos)
+        self.rel_pos = None if config.rel_pos == "none" else RelPosBias(grid_size, config.num_heads, looks)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
@@ -114,13 +120,13 @@ class Block(nn.Module):
     a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]; with `num_kept` only
     of so many tokens, from the first."""
 
-    def __init__(self, config: ModelConfig, grid_size: int, drop_path_rate: float) -> None:
+    def __init__(self, config: ModelConfig, grid_size: int, index: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.attn = Attention(config, grid_size)
+        self.attn = Attention(config, grid_size, index)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
         self.mlp = Mlp(config)
-        self.drop_path_rate = drop_path_rate
+        self.drop_path_rate = config.drop_path_rate * index / max(1, config.depth - 1)
 
     def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
         attended, weights = self.attn(self.norm1(x), num_kept)
@@ -148,15 +154,14 @@ class VisionTransformer(nn.Module):
         super().__init__()
         num_patches = check_patches(config, image_size)
         self.grid_size = grid_size = image_size // config.patch_size
-        width, depth = config.embed_dim, config.depth
+        width = config.embed_dim
         self.pool, self.num_heads = config.pool, config.num_heads
         stem = ConvStem if config.stem == "conv" else PatchEmbed
         self.patch_embed = stem(config.patch_size, num_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, width))
         self.pos_drop = nn.Dropout(config.drop_rate)
-        rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(config, grid_size, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(config, grid_size, i) for i in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if config.head == "linear" else LabelQuery(config, num_classes)
         self._num_read = 1 if config.pool == "cls" and config.head == "linear" else None
