@@ -3,9 +3,10 @@
     python benchmarks/step.py --data ../shared/cifar10
 
 Prints one JSON object, of steps on whole pictures. `share_of_step`: fetching and augmenting a batch over the whole
-step, median over steps, for the preset's own augmentation and for heavier ones. `replicas`: images per second with a replica for each thread over those
-of one replica with all threads, alternating, median and extremes of the pairs. `last_block`: likewise, over those of a
-step whose last block makes all tokens, as `trace` does, though the head reads only one.
+step, median over steps, for the preset's own augmentation and for heavier ones. `replicas`: images per second with a
+replica for each thread over those of one replica with all threads, alternating, median and extremes of the pairs.
+`last_block`: likewise, over those of a step whose last block makes all tokens, as `trace` does, though the head reads
+only one.
 """
 
 import argparse
