@@ -26,7 +26,7 @@ NEIGHBOURS = [(-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 
 
 def first_looks(block: int, depth: int, num_heads: int) -> list[tuple[int, int]]:
     """Where the heads of a block, counted from 0, look first, as (dy, dx) in patches: the eight neighbours are dealt
-    out in turn, on from block to block, and lie twice as far in the last third of the blocks."""
+    out in turn, on from block to block, and lie twice as far in the last third of the blocks. Both are ours."""
     reach = 2 if 3 * block >= 2 * depth else 1
     dealt = (NEIGHBOURS[(block * num_heads + head) % len(NEIGHBOURS)] for head in range(num_heads))
     return [(reach * dy, reach * dx) for dy, dx in dealt]
@@ -68,7 +68,7 @@ class RelPosBias(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T].
 
-    With `num_looking` only so many tokens, from the first, look at all T: [B, num_looking, D], [B, H, num_looking, T].
+    With `num_kept` only so many tokens, from the first, look at all T: [B, num_kept, D] and [B, H, num_kept, T].
     """
 
     def __init__(self, config: ModelConfig, grid_size: int, block: int = 0) -> None:
@@ -81,13 +81,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, num_looking: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        similarity = (query[:, :, :num_looking] * self.scale) @ key.transpose(-2, -1)
+        similarity = (query[:, :, :num_kept] * self.scale) @ key.transpose(-2, -1)
         if self.rel_pos is not None:
-            similarity = similarity + self.rel_pos(math.isqrt(t))[:, :num_looking]
+            similarity = similarity + self.rel_pos(math.isqrt(t))[:, :num_kept]
         weights = similarity.softmax(dim=-1)
         heads = (weights @ value).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(heads)), weights
@@ -164,13 +164,15 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, grid_size, i) for i in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if config.head == "linear" else LabelQuery(config, num_classes)
-        self._num_read = 1 if config.pool == "cls" and config.head == "linear" else None
+        self._num_kept = 1 if config.pool == "cls" and config.head == "linear" else None
         self._init_weights(config.init)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        for i, block in enumerate(self.blocks, start=1):
-            x, _ = block(x, self._num_read if i == len(self.blocks) else None)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x, _ = block(x)
+        x, _ = last(x, self._num_kept)
         return self.classify(x)
 
     def trace(self, images: Tensor) -> tuple[Tensor, Tensor]:
