@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from results_table import command, training_flop
+from results_table import command
 from safetensors.torch import load_file, save_file
 
 from vitrail.config import to_dict
 from vitrail.evaluate import evaluate
+from vitrail.resolve import count_training_flops
 from vitrail.run import BUNDLED, Run, load_run
 
 CARD = """\
@@ -77,7 +78,7 @@ def build_card(run: Run, bundle: Run, data: str, note: str) -> str:
         command=command(run),
         passes=last["epoch"],
         minutes=last["elapsed_s"] / 60,
-        pflop=training_flop(run) / 1e15,
+        pflop=count_training_flops(run.config) / 1e15,
         precision=config.precision,
         threads=config.threads,
         **{split: f"{m.accuracy:.2%} ({m.accuracy_low:.2%} to {m.accuracy_high:.2%})" for split, m in measured.items()},

@@ -1,5 +1,6 @@
 """The model that ships with the package: it is there, small, and answers to its name in every verb."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import vitrail
 from conftest import make_config, save_image
 from vitrail.cli import main
 from vitrail.errors import VitrailError
-from vitrail.run import BUNDLED, load_run
+from vitrail.evaluate import evaluate
+from vitrail.run import BUNDLED, Run, load_run
 from vitrail.train import train
 
-HORSE = Path(__file__).parent.parent / "docs" / "examples" / "horse.png"
+ROOT = Path(__file__).parent.parent
+HORSE = ROOT / "docs" / "examples" / "horse.png"
 
 
 def test_predict_needs_nothing_but_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +34,15 @@ def test_it_is_small_and_in_bf16_and_has_a_card() -> None:
     assert {p.dtype for p in load_run("cifar10").load_model().parameters()} == {torch.float32}
     card = (BUNDLED / "cifar10" / "README.md").read_text()
     assert all(said in card for said in ("Data", "minutes", "val", "test", "Limits"))
+
+
+def test_a_card_says_what_evaluate_says(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ship = importlib.import_module("ship")
+    bundle = ship.build_bundle(trained, tmp_path / "small")
+    card = ship.build_card(trained, bundle, "digits", "Digits.")
+    for split in ("val", "test"):
+        assert f"{split} {evaluate(bundle, 'digits', split).accuracy:.2%} (" in card
 
 
 def test_what_is_made_of_it_is_left_here_and_not_in_the_package(

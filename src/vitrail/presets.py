@@ -38,7 +38,7 @@ PRESETS: dict[str, RunConfig] = {
         preset="hour",
         budget="60min",
         model=local_vit(embed_dim=96, num_heads=4),
-        optim=OptimConfig(batch_size=64, muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.65),
+        optim=OptimConfig(batch_size=64, muon_lr=0.01, muon_weight_decay=0.1, coarse_fraction=0.5),
         augment=AugmentConfig(erasing=0.25),
     ),
     "best": RunConfig(
