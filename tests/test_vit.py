@@ -13,7 +13,7 @@ from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.pretrained import convert_timm
 from vitrail.stem import patchify, unpatchify
-from vitrail.vit import Attention, RelPosBias, VisionTransformer, drop_path, first_looks
+from vitrail.vit import Attention, RelPosBias, Similarity, VisionTransformer, drop_path, first_looks
 
 
 @given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))
@@ -118,6 +118,12 @@ def test_attention_is_the_papers_formula() -> None:
         torch.testing.assert_close(weights[:, h], heads[-1])
         heads[-1] = heads[-1] @ v
     torch.testing.assert_close(out, attn.proj(torch.cat(heads, dim=-1)))
+
+
+@pytest.mark.parametrize("num_kept", [None, 1])
+def test_the_similaritys_gradient_is_that_of_the_formula(num_kept: int | None) -> None:
+    qkv = torch.randn(2, 5, 3 * 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Similarity.apply(x, 2, num_kept), qkv)
 
 
 def test_mean_pooling_ignores_the_class_token_and_cls_reads_it() -> None:

@@ -134,7 +134,7 @@ def build_optimizers(
         *_group_by_lr(rest, shares, config.lr, weight_decay=0.0),
     ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), foreach=True)
+        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     ]
     # By shape first, so that each gets nearly as much of every shape.
     hidden.sort(key=lambda matrix: tuple(matrix.shape))

@@ -10,6 +10,7 @@ around a softmax. On a CPU that trains about twice as fast as the fused kernel, 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,43 @@ class RelPosBias(nn.Module):
         return F.pad(bias.unflatten(1, (grid_size**2, grid_size**2)), (1, 0, 1, 0))
 
 
+class Similarity(torch.autograd.Function):
+    """From what `qkv` makes, [B, T, 3D], the heads' scaled dot products Q·Kᵀ / √(D / H), [B, H, num_kept, T], and the
+    values [B, H, T, D / H].
+
+    Autograd's own gradient of the same lines goes over memory thrice as often: it scales apart from the product, comes
+    out transposed for the keys, and is joined from three parts and then put in order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, num_kept: int | None) -> tuple[Tensor, Tensor]:
+        heads = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
+        query, key, value = (part.transpose(1, 2).contiguous() for part in heads)
+        query, ctx.scale = query[:, :, :num_kept], key.shape[3] ** -0.5
+        ctx.save_for_backward(query, key)
+        return scaled_product(query, key.mT, ctx.scale), value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        of_similarity, of_value = grad_outputs
+        query, key = ctx.saved_tensors
+        b, h, t, d = key.shape
+        of_qkv = key.new_empty(b, t, 3, h, d)
+        of_queries, of_keys, of_values = of_qkv.transpose(1, 3).unbind(2)
+        of_queries[:, :, : query.shape[2]] = scaled_product(of_similarity, key, ctx.scale)
+        of_queries[:, :, query.shape[2] :] = 0
+        of_keys.copy_(scaled_product(of_similarity.mT, query, ctx.scale))
+        of_values.copy_(of_value)
+        return of_qkv.flatten(2), None, None
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a @ b for [B, H, m, k] and [B, H, k, n], scaled within the product and not in a pass of its own."""
+    product = a.new_empty(a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
+    torch.baddbmm(product, a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale, out=product)
+    return product.unflatten(0, a.shape[:2])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T].
 
@@ -75,19 +113,15 @@ class Attention(nn.Module):
         super().__init__()
         looks = first_looks(block, config.depth, config.num_heads) if config.rel_pos == "neighbour" else []
         self.num_heads = config.num_heads
-        self.scale = (config.embed_dim // config.num_heads) ** -0.5
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.rel_pos = None if config.rel_pos == "none" else RelPosBias(grid_size, config.num_heads, looks)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
-        b, t, d = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        similarity = (query[:, :, :num_kept] * self.scale) @ key.transpose(-2, -1)
+        similarity, value = Similarity.apply(self.qkv(x), self.num_heads, num_kept)
         if self.rel_pos is not None:
-            similarity = similarity + self.rel_pos(math.isqrt(t))[:, :num_kept]
+            similarity = similarity + self.rel_pos(math.isqrt(x.shape[1]))[:, :num_kept]
         weights = similarity.softmax(dim=-1)
         heads = (weights @ value).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(heads)), weights
