@@ -39,7 +39,7 @@ PRESETS: dict[str, RunConfig] = {
         budget="60min",
         model=local_vit(embed_dim=192, num_heads=4),
         optim=OptimConfig(muon_lr=0.007, muon_weight_decay=0.1, coarse_fraction=0.2),
-        augment=AugmentConfig(policy="randaugment", num_ops=1, erasing=0.25),
+        augment=AugmentConfig(policy="randaugment", erasing=0.25),
     ),
     "best": RunConfig(
         preset="best",

@@ -119,12 +119,10 @@ def plan_num_steps(
     if budget.unit != "s":
         return plan_steps(budget, config.epoch_images, batch_size, step_s=0, val_s=0)
     began = time.monotonic()
-    probe, times = SpeedProbe(config, train_set, val_set, world), list[float]()
-    while world.agree(time.monotonic() - began) < min(PROBE_S, PROBE_SHARE * budget.amount) or len(times) < 2:
-        times.append(probe.time_step())
-    val_s = probe.time_validation()
+    probe = SpeedProbe(config, train_set, val_set, world)
+    step_s, val_s = probe.time_step(min(PROBE_S, PROBE_SHARE * budget.amount)), probe.time_validation()
     left = replace(budget, amount=budget.amount - spent_s - (time.monotonic() - began))
-    num_steps = plan_steps(left, config.images_per_val, batch_size, statistics.median(times), val_s)
+    num_steps = plan_steps(left, config.images_per_val, batch_size, step_s, val_s)
     return int(world.agree(num_steps))
 
 
@@ -141,16 +139,22 @@ class SpeedProbe:
         first_steps = itertools.accumulate(counts, initial=0)
         self._shares = {step: count / PROBE_RUN_STEPS for step, count in zip(first_steps, counts, strict=False)}
         self.learner = Learner(config, world)
-        self.time_step()  # the first time also warms up
 
-    def time_step(self) -> float:
-        """Seconds of a training step, with each size of the images weighed by its share of a run."""
-        batch, seconds = self._train_set.take(self.learner.share % len(self._train_set)), 0.0
+    def time_step(self, seconds: float = 0.0) -> float:
+        """Seconds of a training step, with each size of the images weighed by its share of a run.
+
+        Each is timed for its share of about `seconds`, and in a row, as in a run: right after steps of another size,
+        one finds memory cut for those and takes up to a fifth longer. The first of each row is left out.
+        """
+        batch, step_s = self._train_set.take(self.learner.share % len(self._train_set)), 0.0
         for step, share in self._shares.items():
-            start = time.monotonic()
-            self.learner.step(batch, step)
-            seconds += share * (time.monotonic() - start)
-        return seconds
+            began, times = time.monotonic(), list[float]()
+            while self._world.agree(time.monotonic() - began) < share * seconds or len(times) < 2:
+                start = time.monotonic()
+                self.learner.step(batch, step)
+                times.append(time.monotonic() - start)
+            step_s += share * statistics.median(times[1:])
+        return step_s
 
     def time_validation(self) -> float:
         """Seconds of one look at the validation images, from some of them."""
