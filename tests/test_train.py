@@ -425,6 +425,28 @@ def test_the_probe_weighs_each_image_size_by_its_share(trained: Run, monkeypatch
     assert 90 < num_steps <= 185  # all at the full size would be 85
 
 
+def test_the_probe_times_each_image_size_in_a_row(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step after one of another size takes 0.2 s, one in a row 0.01: a run has next to none of the first kind."""
+
+    class SwitchingLearner:
+        share = torch.arange(8)
+
+        def __init__(self, config: ResolvedConfig, _: object) -> None:
+            self.num_steps, self.was_whole = config.num_steps, False
+
+        def step(self, _: Batch, step: int) -> float:
+            whole = step >= 0.5 * self.num_steps
+            time.sleep(0.01 if whole == self.was_whole else 0.2)
+            self.was_whole = whole
+            return 0.0
+
+    resolve_room = import_module("vitrail.resolve")
+    monkeypatch.setattr(resolve_room, "Learner", SwitchingLearner)
+    images = ImageSet(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), ("a",), 0)
+    probe = resolve_room.SpeedProbe(replace(trained.config, optim=OptimConfig(coarse_fraction=0.5)), images, images)
+    assert 0.01 <= probe.time_step(0.5) < 0.05
+
+
 def test_coarse_steps_see_smaller_images(trained: Run) -> None:
     learner, batch = learner_of(trained, optim=OptimConfig(coarse_fraction=0.8), num_steps=10)
     seen: list[int] = []

@@ -70,8 +70,8 @@ class Similarity(torch.autograd.Function):
     """From what `qkv` makes, [B, T, 3D], the heads' scaled dot products Q·Kᵀ / √(D / H), [B, H, num_kept, T], and the
     values [B, H, T, D / H].
 
-    Autograd's own gradient of the same lines goes over memory thrice as often: it scales apart from the product, comes
-    out transposed for the keys, and is joined from three parts and then put in order.
+    Autograd's own gradient of the same lines goes over memory more often: it scales apart from the product, comes out
+    transposed for the keys, and is joined from three parts and then put in order.
     """
 
     @staticmethod

@@ -123,7 +123,7 @@ def measure(known: Measurements, base: RunConfig, configs: Iterable[RunConfig], 
 
 
 def _take_turns(probes: Mapping[str, SpeedProbe], patience_s: float, listener: Listener) -> dict[str, float]:
-    """The median seconds of a step of each, over rounds in which each takes one."""
+    """The median seconds of a step of each, over rounds in which each has its turn."""
     rounds: list[list[float]] = []
     began = time.monotonic()
     while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() - began < patience_s):
