@@ -1,4 +1,4 @@
-"""The README's table of results, and the learning curves, from finished runs that have been evaluated.
+"""The table of results in docs/benchmarks.md, and the learning curves, from finished runs that have been evaluated.
 
     vitrail train quick --data ../shared/cifar10 --budget 31min --out runs/half-hour
     vitrail evaluate runs/half-hour --split val && vitrail evaluate runs/half-hour --split test

@@ -1,6 +1,6 @@
 """Named recipes: the defaults that flags override. No torch here.
 
-What each one reaches, with its command and machine, or that it was not measured, stands in the README.
+What each one reaches, or that it was not measured, stands in the README; each run's command in docs/benchmarks.md.
 """
 
 from functools import partial
