@@ -10,6 +10,8 @@ the first layer is learned, not whitened, and in its widths, which make it as la
 """
 
 import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch.nn.functional as F
@@ -55,6 +57,15 @@ def build_convnet(config: ModelConfig, image_size: int, num_channels: int, num_c
     return ConvNet(num_channels, num_classes)
 
 
+@contextmanager
+def in_place_of_the_vit() -> Generator[None]:
+    """Let every room that builds a model build the ConvNet."""
+    with ExitStack() as stack:
+        for room in ("model", "learner", "run"):
+            stack.enter_context(mock.patch(f"vitrail.{room}.build_model", build_convnet))
+        yield
+
+
 if __name__ == "__main__":
-    with mock.patch("vitrail.learner.build_model", build_convnet), mock.patch("vitrail.run.build_model", build_convnet):
+    with in_place_of_the_vit():
         sys.exit(main())

@@ -5,17 +5,20 @@
     python benchmarks/results_table.py runs/half-hour --out docs/results
 
 Prints a Markdown table, and copies what it was made from to `docs/results/<run>/` with a picture of the curve. After
-runs that differ in their seed alone stands their mean, with the 95% interval over the seeds (Student's t).
+runs that differ in their seed alone stands their mean, with the 95% interval over the seeds (Student's t). `--convnet`
+says that the runs are those of benchmarks/convnet.py.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from convnet import in_place_of_the_vit
 from matplotlib.figure import Figure
 from scipy.stats import t
 
@@ -39,10 +42,10 @@ def accuracy(run: Run, split: str) -> str:
     return f"{100 * figures['accuracy']:.2f} ({low:.2f}–{high:.2f})"
 
 
-def command(run: Run) -> str:
+def command(run: Run, program: str) -> str:
     """The command that asks for this run."""
     config, preset = to_dict(run.config.asked()), to_dict(get_preset(run.config.preset))
-    words = ["vitrail train", config["preset"]]
+    words = [program, "train", config["preset"]]
     words += [f"--{name} {config[name]}" for name in ("data", "budget", "seed")]
     for group in ("model", "optim", "augment", "input"):
         changed = {name: value for name, value in config[group].items() if value != preset[group][name]}
@@ -50,12 +53,12 @@ def command(run: Run) -> str:
     return " ".join(words)
 
 
-def table_row(run: Run) -> str:
+def table_row(run: Run, program: str) -> str:
     """One run as a row: command, minutes, passes, parameters, PFLOP, val and test accuracy."""
     last = run.read_metrics()[-1]
     num_parameters = sum(p.numel() for p in run.load_model().parameters())
     cells = (
-        f"`{command(run)}`",
+        f"`{command(run, program)}`",
         f"{last['elapsed_s'] / 60:.1f}",
         f"{last['epoch']:.1f}",
         f"{num_parameters / 1e6:.2f} M",
@@ -98,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--convnet", action="store_true")
     arguments = parser.parse_args()
     print("| command | minutes | passes | parameters | PFLOP | val, % | test, % |")
     print("|---|---|---|---|---|---|---|")
@@ -108,11 +112,13 @@ def main() -> None:
         for name in KEPT:
             shutil.copy(run.folder / name, kept / name)
         draw_curve(run, kept / "curve.png")
-    for _, group in groupby(runs, key=lambda run: replace(run.config.asked(), seed=0)):
-        seeds = list(group)
-        print(*map(table_row, seeds), sep="\n")
-        if len(seeds) > 1:
-            print(mean_row(seeds))
+    program = "python benchmarks/convnet.py" if arguments.convnet else "vitrail"
+    with in_place_of_the_vit() if arguments.convnet else nullcontext():
+        for _, group in groupby(runs, key=lambda run: replace(run.config.asked(), seed=0)):
+            seeds = list(group)
+            print(*(table_row(run, program) for run in seeds), sep="\n")
+            if len(seeds) > 1:
+                print(mean_row(seeds))
 
 
 if __name__ == "__main__":

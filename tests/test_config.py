@@ -23,7 +23,7 @@ from vitrail.config import (
 )
 from vitrail.errors import VitrailError
 from vitrail.presets import PRESETS, get_preset
-from vitrail.schedule import image_side, lr_factor, plan_steps
+from vitrail.schedule import image_side, lr_factor, plan_steps, time_share
 
 models = st.builds(
     ModelConfig,
@@ -137,6 +137,15 @@ def test_images_grow_from_half_to_three_quarters_to_all() -> None:
     assert {image_side(step, 10, 0.0, 32, 4) for step in range(10)} == {32}
     assert image_side(0, 10, 0.5, 8, 8) == 8  # a single patch is as coarse as it gets
     assert image_side(4, 10, 0.5, 28, 7) == 21
+
+
+@pytest.mark.parametrize("coarse_fraction", [0.0, 0.2, 0.65, 0.99])
+def test_a_step_counts_by_its_pixels(coarse_fraction: float) -> None:
+    pixels = [image_side(step, 1000, coarse_fraction, 32, 4) ** 2 for step in range(1000)]
+    for step in (0, 1, 100, 200, 350, 650, 999, 1000):
+        expected = sum(pixels[:step]) / sum(pixels)
+        assert time_share(step, 1000, coarse_fraction) == pytest.approx(expected, abs=2e-3)
+    assert time_share(1000, 1000, coarse_fraction) == 1
 
 
 @given(seconds=st.floats(10, 1e5), step_s=st.floats(1e-3, 2), val_s=st.floats(0, 5), batch=st.integers(1, 512))

@@ -30,7 +30,6 @@ from vitrail.run import Run, load_run
 from vitrail.train import resume, train
 from vitrail.vit import VisionTransformer
 
-train_room = import_module("vitrail.train")
 SOFT = {
     "model": ModelConfig(
         patch_size=2, embed_dim=32, depth=2, num_heads=4, drop_rate=0.1, drop_path_rate=0.1, rel_pos="neighbour"

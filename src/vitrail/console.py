@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vitrail.errors import Event
 
@@ -32,13 +32,13 @@ class ProgressDisplay:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, tuple[float, int]] = {}
+        self._began: dict[str, tuple[float, float]] = {}
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -49,7 +49,8 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def __call__(self, event: Event) -> None:
         if self._quiet:
@@ -64,24 +65,27 @@ class ProgressDisplay:
     def _move_bar(self, event: Event) -> None:
         task = self._tasks.get(event.task)
         if task is None or self._bars.tasks[task].finished:
-            task = self._bars.add_task(event.task, total=event.total, figures="")
+            task = self._bars.add_task(event.task, total=1, count="", figures="")
             self._tasks[event.task] = task
-        self._bars.update(task, completed=event.done, total=event.total, figures=_figures(event.fields))
+        count = f"{event.done}/{event.total}"
+        self._bars.update(task, completed=event.progress, count=count, figures=_figures(event.fields))
 
     def _print_line(self, event: Event) -> None:
         """A line for each milestone, else one a minute, so that short tasks stay silent."""
         now = time.monotonic()
         # A resumed run begins part of the way, so the pace counts from the first event.
-        began, done_before = self._began.setdefault(event.task, (now, event.done))
+        began, progress_before = self._began.setdefault(event.task, (now, event.progress))
         if event.milestone or now - self._last_line.get(event.task, began) > PLAIN_LINE_EVERY_S:
             self._last_line[event.task] = now
-            pace = (now - began) / max(1, event.done - done_before)
-            left = f"{pace * (event.total - event.done) / 60:.1f} min left"
+            pace = (now - began) / max(1e-9, event.progress - progress_before)
+            left = f"{pace * (1 - event.progress) / 60:.1f} min left"
             print(
                 f"{event.task} {event.done}/{event.total}  {_figures(event.fields)}  {left}",
                 file=sys.stderr,
                 flush=True,
             )
+        if event.done == event.total:  # the next task of this name has a pace of its own
+            self._began.pop(event.task)
 
 
 def _figures(fields: Mapping[str, float | str]) -> str:

@@ -36,7 +36,8 @@ class Event:
     """`done` of `total` units of `task` are finished; `fields` are figures worth showing beside it.
 
     `milestone` marks the events that plain logs keep (one an epoch, say); the others only move a bar.
-    `text` is something to be told once, in lines, beside all bars.
+    `text` is something to be told once, in lines, beside all bars. `time_share` (0 to 1) is the part of the whole time
+    that is over, where the units do not all take equally long.
     """
 
     task: str
@@ -45,6 +46,12 @@ class Event:
     fields: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
     milestone: bool = False
     text: str = ""
+    time_share: float | None = None
+
+    @property
+    def progress(self) -> float:
+        """How much of the work is over, 0 to 1, as far as one can tell."""
+        return self.done / self.total if self.time_share is None else self.time_share
 
 
 def printable(text: str) -> str:

@@ -32,6 +32,17 @@ def image_side(step: int, num_steps: int, coarse_fraction: float, image_size: in
     return max(1, round(scale * image_size / patch_size)) * patch_size
 
 
+def time_share(step: int, num_steps: int, coarse_fraction: float) -> float:
+    """The share of a run's time, 0 to 1, that its first `step` steps take, if a step's time goes with its pixels."""
+
+    def pixels(share: float) -> float:
+        phase = coarse_fraction / 2
+        at_half, at_three_quarters = min(share, phase), min(max(share - phase, 0), phase)
+        return 0.5**2 * at_half + 0.75**2 * at_three_quarters + max(share - coarse_fraction, 0)
+
+    return pixels(step / num_steps) / pixels(1)
+
+
 def plan_steps(budget: Budget, epoch_images: int, batch_size: int, step_s: float, val_s: float) -> int:
     """How many steps a budget pays for: at least one.
 

@@ -52,7 +52,7 @@ class _WholeGrid:
 
     def __call__(self, event: Event) -> None:
         if event.task == "training":
-            done = self._done_s + self._run_s * event.done / event.total
+            done = self._done_s + self._run_s * event.progress
             told = Event(task="comparing (planned seconds)", done=round(done), total=round(self._total_s))
             fields = {"run": self._run, **event.fields}
             self._listener(replace(told, fields=fields, milestone=event.done == event.total))
