@@ -50,8 +50,9 @@ class RelPosBias(nn.Module):
         super().__init__()
         span = 2 * grid_size - 1
         table, offset = torch.zeros(num_heads, span, span), torch.arange(span) - (grid_size - 1)
-        for head, (dy, dx) in enumerate(looks):
-            table[head] = -((offset - dy)[:, None] ** 2 + (offset - dx) ** 2)
+        if looks:
+            dy, dx = torch.tensor(looks).T[:, :, None, None]
+            table -= (offset[:, None] - dy) ** 2 + (offset - dx) ** 2
         self.relative_position_bias_table = nn.Parameter(table.flatten(1))
         y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         y, x = y.flatten(), x.flatten()
