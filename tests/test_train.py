@@ -186,13 +186,14 @@ def test_the_fast_path_learns_as_the_plain_one_does(trained: Run) -> None:
 
 
 def both_curves(trained: Run, seed: int) -> torch.Tensor:
-    """Losses [2, 10] in tenths of a run: of bf16, replicas and our own Muon, and of a loop that has none of them."""
+    """Losses [2, 10] in tenths of a run: in the precision that is fast here, with replicas and our own Muon, and of a
+    loop that has none of them."""
     digits = load_digits()
     images = torch.tensor(digits.images * 15.9375, dtype=torch.uint8)[:, None]
     labels = torch.tensor(digits.target)
     config = replace(trained.config, augment=AugmentConfig(crop_padding=0, flip=False), num_steps=200, seed=seed)
-    config = replace(config, optim=OptimConfig(batch_size=32, muon_lr=0.01), precision="bf16", threads=2)
-    learner = Learner(config)
+    config = replace(config, optim=OptimConfig(batch_size=32, muon_lr=0.01), precision="auto", threads=2)
+    learner = Learner(choose_machine(config))
     torch.manual_seed(config.seed)
     plain = VisionTransformer(config.model, 8, 1, 10)
     hidden, matrices, rest = split_parameters(plain)
@@ -282,8 +283,9 @@ def test_precision_of_compiled_or_a_compiler_is_asked_for(trained: Run, tmp_path
         with pytest.raises(VitrailError, match="compile needs a C\\+\\+ compiler"):
             train(make_config(compile=True), tmp_path / "run")
         return
-    plain, batch = learner_of(trained)
-    compiled, _ = learner_of(trained, compile=True)
+    model = replace(trained.config.model, depth=2)
+    plain, batch = learner_of(trained, model=model)
+    compiled, _ = learner_of(trained, model=model, compile=True)
     assert [compiled.step(batch, s) for s in range(3)] == pytest.approx(
         [plain.step(batch, s) for s in range(3)], abs=1e-3
     )
