@@ -1,6 +1,7 @@
 """What people see while they wait."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -73,3 +74,15 @@ def test_a_terminal_shows_the_count_and_fills_the_bar_by_time(monkeypatch: pytes
     assert "50/100" in last
     filled, rest = last.split("╺")
     assert (filled.count("━"), rest.count("━")) == (6, 17)
+
+
+def test_a_narrow_terminal_keeps_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80)
+    monkeypatch.setattr(console, "Console", lambda **_: terminal)
+    fields = {"epoch": 1.0, "train_loss": 1.5, "val_accuracy": 0.5, "images_per_s": 1000.0, "lr": 1e-3}
+    with ProgressDisplay(quiet=False) as display:
+        display(replace(training(5000, 0.25), total=10000, fields=fields))
+    last = screen.getvalue().split("\r")[-1]
+    assert "5000/10000" in last
+    assert "-:--:--" in last

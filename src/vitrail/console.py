@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vitrail.errors import Event
 
@@ -34,8 +35,10 @@ class ProgressDisplay:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            # They take the room that is left, so that on a narrow terminal they give way and not the time left.
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True)),
             console=self._console,
+            expand=True,
         )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, float]] = {}
