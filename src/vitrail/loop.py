@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -70,8 +70,14 @@ class _Progress:
     def tell(self, config: ResolvedConfig, fields: Mapping[str, float], *, milestone: bool) -> Event:
         """The event for those who watch."""
         over = time_share(self.step, config.num_steps, config.optim.coarse_fraction)
-        moved = Event(task="training", done=self.step, total=config.num_steps, time_share=over)
-        return replace(moved, fields=fields, milestone=milestone)
+        return Event(
+            task="training",
+            done=self.step,
+            total=config.num_steps,
+            fields=fields,
+            milestone=milestone,
+            time_share=over,
+        )
 
 
 def run_steps(
