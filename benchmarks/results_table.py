@@ -47,7 +47,8 @@ def command(run: Run, program: str) -> str:
     config, preset = to_dict(run.config.asked()), to_dict(get_preset(run.config.preset))
     words = [program, "train", config["preset"]]
     words += [f"--{name} {config[name]}" for name in ("data", "budget", "seed")]
-    words += [f"--init-from {config['init_from']}"] * bool(config["init_from"])
+    if config["init_from"]:
+        words.append(f"--init-from {config['init_from']}")
     for group in ("model", "optim", "augment", "input"):
         changed = {name: value for name, value in config[group].items() if value != preset[group][name]}
         words += [f"--{group}.{name.replace('_', '-')} {value}" for name, value in changed.items()]

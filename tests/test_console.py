@@ -64,6 +64,13 @@ def test_a_second_task_of_the_same_name_counts_anew(clock: Clock, capsys: pytest
     assert [line.split("    ")[1] for line in lines] == ["2.0 min left", "0.0 min left"] * 2
 
 
+def test_a_task_of_nothing_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bench of less than half a second, or a comparison of such runs, rounds its total to none."""
+    with ProgressDisplay(quiet=False) as display:
+        display(Event(task="timing (seconds)", done=0, total=0, milestone=True))
+    assert capsys.readouterr().err == "timing (seconds) 0/0    0.0 min left\n"
+
+
 def test_a_terminal_shows_the_count_and_fills_the_bar_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100)

@@ -50,8 +50,10 @@ class Event:
 
     @property
     def progress(self) -> float:
-        """How much of the work is over, 0 to 1, as far as one can tell."""
-        return self.done / self.total if self.time_share is None else self.time_share
+        """How much of the work is over, 0 to 1, as far as one can tell; of no work all is."""
+        if self.time_share is not None:
+            return self.time_share
+        return self.done / self.total if self.total else 1.0
 
 
 def printable(text: str) -> str:

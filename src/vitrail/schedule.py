@@ -19,16 +19,20 @@ def lr_factor(step: int, num_steps: int, warmup_fraction: float, decay: Literal[
     return left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
+def _phases(coarse_fraction: float) -> tuple[tuple[float, float], ...]:
+    """(the share of the steps up to which a phase lasts, the side of its images as a share of the whole)."""
+    return (coarse_fraction / 2, 0.5), (coarse_fraction, 0.75), (1.0, 1.0)
+
+
 def image_side(step: int, num_steps: int, coarse_fraction: float, image_size: int, patch_size: int) -> int:
     """The side in pixels of the images to train on at `step`, counted from 0: half, then three quarters, then all.
 
     The first half of `coarse_fraction` of the steps is taken at half the side, the second at three
     quarters, each brought to a multiple of the patch size.
     """
-    share = step / num_steps
-    if share >= coarse_fraction:
+    scale = next((scale for end, scale in _phases(coarse_fraction) if step / num_steps < end), 1.0)
+    if scale == 1:
         return image_size
-    scale = 0.5 if share < coarse_fraction / 2 else 0.75
     return max(1, round(scale * image_size / patch_size)) * patch_size
 
 
@@ -36,9 +40,11 @@ def time_share(step: int, num_steps: int, coarse_fraction: float) -> float:
     """The share of a run's time, 0 to 1, that its first `step` steps take, if a step's time goes with its pixels."""
 
     def pixels(share: float) -> float:
-        phase = coarse_fraction / 2
-        at_half, at_three_quarters = min(share, phase), min(max(share - phase, 0), phase)
-        return 0.5**2 * at_half + 0.75**2 * at_three_quarters + max(share - coarse_fraction, 0)
+        total, begin = 0.0, 0.0
+        for end, scale in _phases(coarse_fraction):
+            total += scale**2 * max(0.0, min(share, end) - begin)
+            begin = end
+        return total
 
     return pixels(step / num_steps) / pixels(1)
 
