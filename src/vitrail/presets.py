@@ -37,8 +37,8 @@ PRESETS: dict[str, RunConfig] = {
     "hour": RunConfig(
         preset="hour",
         budget="60min",
-        model=local_vit(embed_dim=192, num_heads=4),
-        optim=OptimConfig(muon_lr=0.007, muon_weight_decay=0.1, coarse_fraction=0.2),
+        model=local_vit(embed_dim=128, num_heads=4),
+        optim=OptimConfig(muon_lr=0.007, muon_weight_decay=0.1, coarse_fraction=0.3, ema_decay=0.998),
         augment=AugmentConfig(policy="randaugment", erasing=0.25),
     ),
     "best": RunConfig(
