@@ -114,8 +114,10 @@ def test_flops_of_a_vit_by_hand() -> None:
     embed, head = 16 * 4 * 4 * 3 * width, width * 5
     products = tokens * width * (3 * width + width + 2 * hidden) + 2 * tokens**2 * width
     assert count_flops(replace(SMALL, pool="mean"), 16, 3, 5) == 2 * (embed + depth * products + head)
-    # The last block makes nothing of the tokens that the head does not read.
-    last = tokens * width * 3 * width + width * (width + 2 * hidden) + 2 * tokens * width
+    # The last block makes nothing of the tokens that the head does not read, nor their keys and values: each of the two
+    # heads compares its query with whole tokens, and takes a mean of them.
+    num_heads = 2
+    last = width * (4 * width + 2 * hidden) + 2 * num_heads * tokens * width
     expected = 2 * (embed + (depth - 1) * products + last + head)
     assert count_flops(SMALL, 16, 3, 5) == expected
     assert count_flops(replace(SMALL, rel_pos="neighbour", init="zero_residual"), 16, 3, 5) == expected
@@ -143,7 +145,7 @@ def test_parameters_are_counted() -> None:
 
 VITS = [
     (ModelConfig(patch_size=2, embed_dim=64, depth=4), 8, 1),
-    (ModelConfig(patch_size=2, embed_dim=32, depth=2, num_heads=4), 8, 1),
+    (ModelConfig(patch_size=2, embed_dim=32, depth=4, num_heads=4), 8, 1),
     (ModelConfig(), 32, 3),
     (ModelConfig(embed_dim=192, depth=9, num_heads=6), 32, 3),
 ]

@@ -4,7 +4,7 @@ Shapes are written with B images, C channels, N patches, T = N + 1 tokens, D wid
 
 There is one path: `forward`, training and `trace` all run the same blocks, and a block always has
 its attention at hand. `forward` alone leaves out what the last block would make of tokens that the head
-does not read: all but the class token, most of that block's work. Attention is two batched matrix products
+does not read: all but the class token, nearly all of that block's work. Attention is two batched matrix products
 around a softmax. On a CPU that trains about twice as fast as the fused kernel, whose backward pass is slow there.
 """
 
@@ -68,7 +68,7 @@ class RelPosBias(nn.Module):
 
 
 class Similarity(torch.autograd.Function):
-    """From what `qkv` makes, [B, T, 3D], the heads' scaled dot products Q·Kᵀ / √(D / H), [B, H, num_kept, T], and the
+    """From what `qkv` makes, [B, T, 3D], the heads' scaled dot products Q·Kᵀ / √(D / H), [B, H, T, T], and the
     values [B, H, T, D / H].
 
     Autograd's own gradient of the same lines goes over memory more often: it scales apart from the product, comes out
@@ -76,25 +76,24 @@ class Similarity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int, num_kept: int | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         heads = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
         query, key, value = (part.transpose(1, 2).contiguous() for part in heads)
-        query, ctx.scale = query[:, :, :num_kept], key.shape[3] ** -0.5
+        ctx.scale = key.shape[3] ** -0.5
         ctx.save_for_backward(query, key)
         return scaled_product(query, key.mT, ctx.scale), value
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         of_similarity, of_value = grad_outputs
         query, key = ctx.saved_tensors
         b, h, t, d = key.shape
         of_qkv = key.new_empty(b, t, 3, h, d)
         of_queries, of_keys, of_values = of_qkv.transpose(1, 3).unbind(2)
-        of_queries[:, :, : query.shape[2]] = scaled_product(of_similarity, key, ctx.scale)
-        of_queries[:, :, query.shape[2] :] = 0
+        of_queries.copy_(scaled_product(of_similarity, key, ctx.scale))
         of_keys.copy_(scaled_product(of_similarity.mT, query, ctx.scale))
         of_values.copy_(of_value)
-        return of_qkv.flatten(2), None, None
+        return of_qkv.flatten(2), None
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -107,7 +106,7 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T].
 
-    With `num_kept` only so many tokens, from the first, look at all T: [B, num_kept, D] and [B, H, num_kept, T].
+    With `class_only` the class token alone looks at all T: [B, 1, D] and [B, H, 1, T].
     """
 
     def __init__(self, config: ModelConfig, grid_size: int, block: int = 0) -> None:
@@ -119,13 +118,34 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
-        similarity, value = Similarity.apply(self.qkv(x), self.num_heads, num_kept)
+    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor]:
+        heads, weights = self._look_once(x) if class_only else self._look(x)
+        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2))), weights
+
+    def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What every token's heads see, [B, H, T, D / H], and the weights."""
+        similarity, value = Similarity.apply(self.qkv(x), self.num_heads)
         if self.rel_pos is not None:
-            similarity = similarity + self.rel_pos(math.isqrt(x.shape[1]))[:, :num_kept]
+            similarity = similarity + self.rel_pos(math.isqrt(x.shape[1]))
         weights = similarity.softmax(dim=-1)
-        heads = (weights @ value).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(heads)), weights
+        return weights @ value, weights
+
+    def _look_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of the class token, [B, H, 1, D / H], without the keys and values of the others.
+
+        As q · (W x) = (Wᵀ q) · x, the query takes the keys' weights upon itself; and the values' weights, being linear,
+        may wait for the tokens' mean. The keys' bias adds the same to every similarity, so that softmax drops it.
+        """
+        weight, bias = (tensor.unflatten(0, (3, self.num_heads, -1)) for tensor in (self.qkv.weight, self.qkv.bias))
+        query = F.linear(x[:, 0], weight[0].flatten(0, 1), bias[0].flatten()) / math.sqrt(weight.shape[2])
+        query = query.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [H, B, D / H]
+        similarity = (query @ weight[1]).transpose(0, 1) @ x.mT  # [B, H, T]
+        if self.rel_pos is not None:
+            similarity = similarity + self.rel_pos(math.isqrt(x.shape[1]))[:, 0]
+        weights = similarity.softmax(dim=-1)
+        seen = (weights @ x).transpose(0, 1)  # [H, B, D]
+        heads = (seen @ weight[2].mT).transpose(0, 1) + bias[2]  # [B, H, D / H]
+        return heads.unsqueeze(2), weights.unsqueeze(2)
 
 
 class Mlp(nn.Module):
@@ -152,8 +172,8 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 class Block(nn.Module):
     """One encoder block (equations 2 and 3): attention, then the MLP, each behind a LayerNorm and around
-    a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]; with `num_kept` only
-    of so many tokens, from the first."""
+    a residual. Returns the tokens [B, T, D] and the attention weights [B, H, T, T]; with `class_only` those of
+    the class token alone, [B, 1, D] and [B, H, 1, T]."""
 
     def __init__(self, config: ModelConfig, grid_size: int, index: int) -> None:
         super().__init__()
@@ -163,9 +183,9 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.drop_path_rate = config.drop_path_rate * index / max(1, config.depth - 1)
 
-    def forward(self, x: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
-        attended, weights = self.attn(self.norm1(x), num_kept)
-        x = x[:, :num_kept] + drop_path(attended, self.drop_path_rate, self.training)
+    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor]:
+        attended, weights = self.attn(self.norm1(x), class_only)
+        x = x[:, : attended.shape[1]] + drop_path(attended, self.drop_path_rate, self.training)
         x = x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
         return x, weights
 
@@ -199,7 +219,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, grid_size, i) for i in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if config.head == "linear" else LabelQuery(config, num_classes)
-        self._num_kept = 1 if config.pool == "cls" and config.head == "linear" else None
+        self._reads_class_only = config.pool == "cls" and config.head == "linear"
         self._init_weights(config.init)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -207,7 +227,7 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x, _ = block(x)
-        x, _ = last(x, self._num_kept)
+        x, _ = last(x, self._reads_class_only)
         return self.classify(x)
 
     def trace(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,31 +169,33 @@ def _build_products(setup: Setup, batch_size: int, num_workers: int) -> Call:
 
 def _list_products(num_images: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(a, b, a·b) for each product of the blocks; the patch embedding and the head are left out as too small."""
-    tokens = (IMAGE_SIZE // MODEL.patch_size) ** 2 + 1
-    every = _list_block_products(num_images, tokens, tokens, dtype)
-    return every * (MODEL.depth - 1) + _list_block_products(num_images, tokens, 1, dtype)
-
-
-def _list_block_products(
-    num_images: int, tokens: int, kept: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Those of a block of which `kept` tokens go on: in the last one, the class token alone."""
-    width, per_head = MODEL.embed_dim, num_images * MODEL.num_heads
+    width, heads = MODEL.embed_dim, MODEL.num_heads
+    tokens, per_head = (IMAGE_SIZE // MODEL.patch_size) ** 2 + 1, width // heads
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype)
 
-    products: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows, fan_in, fan_out in (
-        (tokens, width, 3 * width),
-        (kept, width, width),
-        (kept, width, MLP_DIM),
-        (kept, MLP_DIM, width),
-    ):
-        x, w, y = new(num_images * rows, fan_in), new(fan_out, fan_in), new(num_images * rows, fan_out)
-        products += [(x, w.T, y), (y, w, x.clone()), (y.T, x, w.clone())]
-    q, k, v = (new(per_head, rows, width // MODEL.num_heads) for rows in (kept, tokens, tokens))
-    similarity, heads = new(per_head, kept, tokens), torch.empty_like(q)
-    products += [(q, k.mT, similarity), (similarity, v, heads)]
-    products += [(heads, v.mT, similarity), (similarity.mT, heads, v), (similarity, k, q), (similarity.mT, q, k)]
-    return products
+    def linear(rows: int, fan_in: int, fan_out: int) -> tuple[Tensor, Tensor]:
+        return new(rows, fan_in), new(fan_out, fan_in).mT
+
+    rows, looks = num_images * tokens, num_images * heads
+    block = [linear(rows, width, 3 * width), linear(rows, width, width)]
+    block += [linear(rows, width, MLP_DIM), linear(rows, MLP_DIM, width)]
+    block += [(new(looks, tokens, per_head), new(looks, tokens, per_head).mT)]
+    block += [(new(looks, tokens, tokens), new(looks, tokens, per_head))]
+    # The last one is made of the class token alone, whose heads look at whole tokens (`Attention._look_once`).
+    last = [linear(num_images, width, width), linear(num_images, width, width)]
+    last += [linear(num_images, width, MLP_DIM), linear(num_images, MLP_DIM, width)]
+    last += [(new(heads, num_images, per_head), new(heads, per_head, width))]
+    last += [(new(num_images, heads, width), new(num_images, tokens, width).mT)]
+    last += [(new(num_images, heads, tokens), new(num_images, tokens, width))]
+    last += [(new(heads, num_images, width), new(heads, per_head, width).mT)]
+    once, at_last = ([product for pair in pairs for product in _list_passes(*pair)] for pairs in (block, last))
+    return once * (MODEL.depth - 1) + at_last
+
+
+def _list_passes(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """a·b, and the products of both gradients, each laid out in memory as autograd lays them out."""
+    out = a @ b
+    of_b = (a.mT, out, torch.empty_like(b)) if b.is_contiguous() else (out.mT, a, torch.empty_like(b.mT))
+    return [(a, b, out), (out, b.mT, torch.empty_like(a)), of_b]
