@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vitrail.config import ModelConfig
 from vitrail.errors import VitrailError
 from vitrail.pretrained import convert_timm
+from vitrail.rel_pos import RelPosBias, first_looks
 from vitrail.stem import patchify, unpatchify
-from vitrail.vit import Attention, RelPosBias, Similarity, VisionTransformer, drop_path, first_looks
+from vitrail.vit import Attention, Similarity, VisionTransformer, drop_path
 
 
 @given(batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 4]), patch=st.integers(1, 5), grid=st.integers(1, 6))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vitrail.config import Preprocessing
 from vitrail.errors import Event, Listener, VitrailError, ignore_events
 from vitrail.explain import check_model, map_batches
-from vitrail.vit import RelPosBias, VisionTransformer
+from vitrail.rel_pos import RelPosBias
+from vitrail.vit import VisionTransformer
 
 NUM_FILTERS = 28
 
