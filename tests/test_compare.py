@@ -257,8 +257,8 @@ def test_operations_are_counted_at_each_steps_size(compared: tuple[Path, dict[st
         patches, width, hidden = (side // 2) ** 2, model.embed_dim, int(model.embed_dim * model.mlp_ratio)
         tokens = patches + 1
         block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
-        # Of the last one the head reads the class token alone.
-        last = tokens * 3 * width**2 + width**2 + 2 * width * hidden + 2 * tokens * width
+        # Of the last one the head reads the class token alone, whose heads look at whole tokens.
+        last = 4 * width**2 + 2 * width * hidden + 2 * model.num_heads * tokens * width
         return (model.depth - 1) * block + last + patches * 2 * 2 * width + 10 * width
 
     # Of six steps one is at half the side (4 pixels), one or two at three quarters (6), the others at 8.
