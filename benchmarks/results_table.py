@@ -22,7 +22,7 @@ from convnet import in_place_of_the_vit
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from vitrail.config import to_dict
+from vitrail.plain import to_dict
 from vitrail.presets import get_preset
 from vitrail.resolve import count_training_flops
 from vitrail.run import Run, load_run

@@ -15,8 +15,8 @@ import torch
 from results_table import command
 from safetensors.torch import load_file, save_file
 
-from vitrail.config import to_dict
 from vitrail.evaluate import evaluate
+from vitrail.plain import to_dict
 from vitrail.resolve import count_training_flops
 from vitrail.run import BUNDLED, Run, load_run
 

@@ -11,19 +11,17 @@ from hypothesis import strategies as st
 
 from vitrail.config import (
     AugmentConfig,
-    Budget,
     InputConfig,
     ModelConfig,
     OptimConfig,
     Preprocessing,
     ResolvedConfig,
     RunConfig,
-    from_dict,
-    to_dict,
 )
 from vitrail.errors import VitrailError
+from vitrail.plain import from_dict, to_dict
 from vitrail.presets import PRESETS, get_preset
-from vitrail.schedule import image_side, lr_factor, plan_steps, time_share
+from vitrail.schedule import Budget, image_side, lr_factor, plan_steps, time_share
 
 models = st.builds(
     ModelConfig,

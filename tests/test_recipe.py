@@ -8,11 +8,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
-from vitrail.config import Budget, ModelConfig, OptimConfig, RunConfig
+from vitrail.config import ModelConfig, OptimConfig, RunConfig
 from vitrail.presets import get_preset
 from vitrail.resolve import count_training_flops
 from vitrail.run import BUNDLED, Run, load_run
-from vitrail.schedule import plan_steps
+from vitrail.schedule import Budget, plan_steps
 from vitrail.train import train
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")

@@ -6,16 +6,11 @@ resolved one holds everything training depends on, so a run is a pure function o
 
 import dataclasses
 import math
-import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal
 
-from vitrail.errors import VitrailError
-
-T = TypeVar("T")
+from vitrail.errors import VitrailError, require
+from vitrail.schedule import Budget
 
 # Fewer patches than this and the picture is too coarse to tell classes apart.
 MIN_TOKENS = 16
@@ -24,11 +19,6 @@ MAX_WIDTH, MAX_DEPTH, MAX_IMAGE_SIZE = 2**16, 1000, 4096
 MAX_THREADS, MAX_BATCH_SIZE = 1024, 2**20
 # Attention weights of one image, over all blocks and heads: 8 GiB in fp32.
 MAX_LOOKS = 2**31
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise VitrailError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +71,27 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "resnet_depth", "resnet_width"):
             value, most = getattr(self, name), MAX_DEPTH if name.endswith("depth") else MAX_WIDTH
-            _require(1 <= value <= most, f"{name} is {value}; give a whole number from 1 to {most}")
-        _require(
+            require(1 <= value <= most, f"{name} is {value}; give a whole number from 1 to {most}")
+        require(
             self.embed_dim % self.num_heads == 0,
             f"{self.num_heads} heads do not divide the width {self.embed_dim}; "
             "change --model.num-heads or --model.embed-dim",
         )
         resnet = self.arch == "resnet"
-        _require(
-            resnet or self.match == "none", f"match {self.match} is for a ResNet; give --model.arch resnet with it"
-        )
-        _require(not resnet or self.stem == "patch", "stem conv is for a ViT; leave it or --model.arch resnet out")
-        _require(
+        require(resnet or self.match == "none", f"match {self.match} is for a ResNet; give --model.arch resnet with it")
+        require(not resnet or self.stem == "patch", "stem conv is for a ViT; leave it or --model.arch resnet out")
+        require(
             not resnet or self.head == "linear",
             "head is label-query, which attends over tokens, and a ResNet has none; leave it out, or give arch vit",
         )
-        _require(
+        require(
             self.stem == "patch" or self.patch_size.bit_count() == 1,
             f"patch_size is {self.patch_size}; stem conv halves the image again and again, so give a power of two",
         )
-        _require(0 < self.mlp_ratio <= 100, f"mlp_ratio is {self.mlp_ratio}; give a number above 0, at most 100")
+        require(0 < self.mlp_ratio <= 100, f"mlp_ratio is {self.mlp_ratio}; give a number above 0, at most 100")
         for name in ("drop_rate", "drop_path_rate"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; give a probability of at least 0 and below 1")
+            require(0 <= value < 1, f"{name} is {value}; give a probability of at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +133,19 @@ class OptimConfig:
     the head, after the last, has the full rate. For weights that already know something; 1 is off."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
+        require(0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; give above 0 and at most 1")
         size = self.batch_size
-        _require(1 <= size <= MAX_BATCH_SIZE, f"batch_size is {size}; give at least 1, at most {MAX_BATCH_SIZE}")
-        _require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
+        require(1 <= size <= MAX_BATCH_SIZE, f"batch_size is {size}; give at least 1, at most {MAX_BATCH_SIZE}")
+        require(self.micro_batch_size >= 0, f"micro_batch_size is {self.micro_batch_size}; give 0 (the whole) or more")
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}; give a number above 0")
+            require(value > 0, f"{name} is {value}; give a number above 0")
         for name in ("weight_decay", "muon_weight_decay", "clip_norm"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; give 0 or more")
+            require(value >= 0, f"{name} is {value}; give 0 or more")
         for name in ("beta2", "warmup_fraction", "coarse_fraction", "ema_decay", "label_smoothing"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; give at least 0 and below 1")
+            require(0 <= value < 1, f"{name} is {value}; give at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +173,10 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("crop_padding", "mixup", "cutmix"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; give 0 or more")
-        _require(self.num_ops >= 1, f"num_ops is {self.num_ops}; give at least 1")
-        _require(0 <= self.magnitude <= 30, f"magnitude is {self.magnitude}; give 0 to 30")
-        _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; give a probability from 0 to 1")
+            require(value >= 0, f"{name} is {value}; give 0 or more")
+        require(self.num_ops >= 1, f"num_ops is {self.num_ops}; give at least 1")
+        require(0 <= self.magnitude <= 30, f"magnitude is {self.magnitude}; give 0 to 30")
+        require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; give a probability from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +201,15 @@ class InputConfig:
     def __post_init__(self) -> None:
         if self.image_size is not None:
             side = self.image_size
-            _require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
-        _require(
+            require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
+        require(
             0 < self.train_fraction <= 1, f"train_fraction is {self.train_fraction}; give a share above 0, 1 at most"
         )
-        _require(
+        require(
             not self.classes or len(set(self.classes)) == len(self.classes) >= 2,
             f"classes are {', '.join(self.classes)}; give at least two, each once",
         )
-        _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
+        require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +226,10 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         side, channels = self.image_size, self.num_channels
-        _require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
-        _require(channels in (1, 3), f"num_channels is {channels}; give 1 (grey) or 3 (colour)")
+        require(1 <= side <= MAX_IMAGE_SIZE, f"image_size is {side}; give 1 to {MAX_IMAGE_SIZE} pixels")
+        require(channels in (1, 3), f"num_channels is {channels}; give 1 (grey) or 3 (colour)")
         fits = len(self.mean) == len(self.std) == channels and all(0 <= m <= 1 for m in self.mean)
-        _require(
+        require(
             fits and all(0 < deviation < math.inf for deviation in self.std),
             f"mean {self.mean} and std {self.std} do not fit {channels} channels of 0..1",
         )
@@ -290,10 +278,10 @@ class RunConfig:
         Budget.parse(self.budget)
         for name in ("checkpoint_minutes", "checkpoint_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; give 0 (never) or more")
+            require(value >= 0, f"{name} is {value}; give 0 (never) or more")
         threads = self.threads
-        _require(0 <= threads <= MAX_THREADS, f"threads is {threads}; give 0 (all cores) to {MAX_THREADS}")
-        _require(0 <= self.seed < 2**31, f"seed is {self.seed}; give 0 to {2**31 - 1}")
+        require(0 <= threads <= MAX_THREADS, f"threads is {threads}; give 0 (all cores) to {MAX_THREADS}")
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; give 0 to {2**31 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,9 +307,9 @@ class ResolvedConfig(RunConfig):
         super().__post_init__()
         for name in ("num_train", "num_val", "epoch_images", "num_steps", "num_processes"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; no run has fewer than 1")
+            require(value >= 1, f"{name} is {value}; no run has fewer than 1")
         distinct = len(set(self.classes))
-        _require(2 <= distinct == len(self.classes), f"{distinct} different classes of {len(self.classes)} are named")
+        require(2 <= distinct == len(self.classes), f"{distinct} different classes of {len(self.classes)} are named")
 
     @property
     def images_per_val(self) -> int:
@@ -331,25 +319,6 @@ class ResolvedConfig(RunConfig):
     def asked(self) -> RunConfig:
         """The part a person can ask for."""
         return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A length of training: a number of passes over the data, of steps, or of seconds."""
-
-    amount: float
-    unit: Literal["epochs", "steps", "s"]
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `20epochs`, `800steps`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|s|sec|min|h)\s*", text)
-        if match is None or float(match[1]) == 0:
-            raise VitrailError(f"budget '{text}' is not understood; write for example 30min, 90s or 20epochs")
-        amount, unit = float(match[1]), match[2]
-        if unit[:4] in ("epoc", "step"):
-            return cls(amount, "epochs" if unit[0] == "e" else "steps")
-        return cls(amount * {"s": 1, "sec": 1, "min": 60, "h": 3600}[unit], "s")
 
 
 def check_patches(model: ModelConfig, image_size: int) -> int:
@@ -367,40 +336,3 @@ def check_patches(model: ModelConfig, image_size: int) -> int:
             "take more memory than there is; use a larger --model.patch-size or a smaller --input.image-size"
         )
     return num_patches
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[T], values: Any) -> T:
-    """Build a config dataclass from JSON values. Raises VitrailError for unknown, missing or misfitting ones."""
-    hints = typing.get_type_hints(cls)
-    _require(isinstance(values, Mapping), f"{values!r} is no {cls.__name__}")
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise VitrailError(f"unknown {cls.__name__} field {unknown[0]!r}; was it written by a newer vitrail?")
-    try:
-        return cls(**{name: _convert(hints[name], value) for name, value in values.items()})
-    except TypeError as error:
-        raise VitrailError(f"this does not make a {cls.__name__}: {error}") from error
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    """`value`, read from JSON, as the annotated type `kind`."""
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _convert(next(k for k in kind.__args__ if k is not type(None)), value)
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value)
-    if typing.get_origin(kind) is tuple:
-        _require(isinstance(value, list | tuple), f"{value!r} is no list")
-        return tuple(_convert(kind.__args__[0], item) for item in value)
-    if typing.get_origin(kind) is Literal:
-        _require(value in kind.__args__, f"{value!r} is none of {', '.join(map(repr, kind.__args__))}")
-        return value
-    accepted = (int, float) if kind is float else kind
-    # To Python a bool is a whole number too.
-    fits = isinstance(value, accepted) and (kind is bool) == isinstance(value, bool)
-    _require(fits, f"{value!r} is not a {kind.__name__}")
-    return value

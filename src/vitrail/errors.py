@@ -19,6 +19,12 @@ class VitrailError(Exception):
         self.table = table
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise VitrailError with `message` unless `condition` holds."""
+    if not condition:
+        raise VitrailError(message)
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the run is safe and can go on
     """Training was asked to stop, by the signal of this number, and has saved where it was."""
 

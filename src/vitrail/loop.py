@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.checkpoint import write_text
-from vitrail.config import OptimConfig, ResolvedConfig, from_dict
+from vitrail.config import OptimConfig, ResolvedConfig
 from vitrail.data import ImageSet, SampleStream
 from vitrail.distributed import World
 from vitrail.errors import Event, Interrupted, Listener, VitrailError
 from vitrail.evaluate import compute_logits
 from vitrail.learner import Learner
+from vitrail.plain import from_dict
 from vitrail.run import Run
 from vitrail.schedule import time_share
 

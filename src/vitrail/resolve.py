@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from vitrail.config import MIN_TOKENS, Budget, Preprocessing, ResolvedConfig, RunConfig, check_patches
+from vitrail.config import MIN_TOKENS, Preprocessing, ResolvedConfig, RunConfig, check_patches
 from vitrail.data import ImageSet, SampleStream, fingerprint
 from vitrail.distributed import World
 from vitrail.errors import VitrailError, VitrailWarning
 from vitrail.evaluate import compute_logits
 from vitrail.learner import MAX_REPLICAS, Learner
 from vitrail.model import count_flops, match_resnet
-from vitrail.schedule import image_side, plan_steps
+from vitrail.schedule import Budget, image_side, plan_steps
 
 PROBE_S = 10.0
 PROBE_SHARE = 0.1

@@ -36,9 +36,10 @@ from vitrail.checkpoint import (
     write_text,
     writing,
 )
-from vitrail.config import ResolvedConfig, from_dict, to_dict
+from vitrail.config import ResolvedConfig
 from vitrail.errors import VitrailError
 from vitrail.model import build_model
+from vitrail.plain import from_dict, to_dict
 
 # Runs that ship with the package; a name there is a model's name everywhere.
 BUNDLED = Path(__file__).parent / "models"

@@ -1,9 +1,30 @@
 """The learning rate and the size of the images over a run, and how a budget becomes steps. No torch here."""
 
 import math
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
 
-from vitrail.config import Budget
+from vitrail.errors import VitrailError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A length of training: a number of passes over the data, of steps, or of seconds."""
+
+    amount: float
+    unit: Literal["epochs", "steps", "s"]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `20epochs`, `800steps`, `30min`, `90s` or `2h`. Raises VitrailError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|s|sec|min|h)\s*", text)
+        if match is None or float(match[1]) == 0:
+            raise VitrailError(f"budget '{text}' is not understood; write for example 30min, 90s or 20epochs")
+        amount, unit = float(match[1]), match[2]
+        if unit[:4] in ("epoc", "step"):
+            return cls(amount, "epochs" if unit[0] == "e" else "steps")
+        return cls(amount * {"s": 1, "sec": 1, "min": 60, "h": 3600}[unit], "s")
 
 
 def lr_factor(step: int, num_steps: int, warmup_fraction: float, decay: Literal["linear", "cosine"]) -> float:

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vitrail.checkpoint import write_text
-from vitrail.config import RunConfig, to_dict
+from vitrail.config import RunConfig
 from vitrail.data import ImageSet, fingerprint, load_training_data
 from vitrail.distributed import World, join_world
 from vitrail.errors import Event, Listener, VitrailError, VitrailWarning, ignore_events
 from vitrail.loop import run_steps
+from vitrail.plain import to_dict
 from vitrail.pretrained import fit_weights, read_weights
 from vitrail.resolve import check_world, choose_machine, plan_num_steps, prepare_cpu, resolve, share_cores
 from vitrail.run import Run, check_vacant, create_run, load_run

@@ -18,10 +18,12 @@ import torch
 
 from vitrail.checkpoint import write_text
 from vitrail.compare.questions import SIZES, scale_model
-from vitrail.config import Budget, ResolvedConfig, RunConfig, to_dict
+from vitrail.config import ResolvedConfig, RunConfig
 from vitrail.data import ImageSet, load_training_data
 from vitrail.errors import Event, Listener, VitrailError
+from vitrail.plain import to_dict
 from vitrail.resolve import SpeedProbe, choose_machine, count_training_flops, prepare_cpu, resolve
+from vitrail.schedule import Budget
 
 MIN_ROUNDS, MAX_ROUNDS, PROBE_S = 3, 25, 20.0
 # Enough for every size of the images to have its share.

@@ -7,11 +7,12 @@ from typing import Any
 
 from vitrail.compare.measure import Measurements, Speed, begin_measurements, measure
 from vitrail.compare.questions import ARMS, Cell, get_question, lay_out_grid
-from vitrail.config import Budget, ModelConfig, RunConfig, from_dict, to_dict
+from vitrail.config import ModelConfig, RunConfig
 from vitrail.data import split_records
 from vitrail.errors import Listener, VitrailError, ignore_events
+from vitrail.plain import from_dict, to_dict
 from vitrail.run import load_run
-from vitrail.schedule import plan_steps
+from vitrail.schedule import Budget, plan_steps
 
 # Configuration, metrics, environment, the evaluation and its picture.
 SMALL_FILES_BYTES = 150_000

@@ -17,12 +17,12 @@ from vitrail.anatomy import (
     relative_bias,
 )
 from vitrail.batch import normalize
-from vitrail.config import to_dict
 from vitrail.data import ImageSet, load_split
 from vitrail.errors import Listener, VitrailError
 from vitrail.evaluate import compute_logits
 from vitrail.explain import ExplainedPicture, Explanation, check_model, explain, has_attention
 from vitrail.metrics import NUM_CALIBRATION_BINS, Metrics, compute_metrics
+from vitrail.plain import to_dict
 from vitrail.run import Run
 from vitrail.trust import Sensitivity, Trust, measure_sensitivity, measure_trust
 from vitrail.vit import VisionTransformer
