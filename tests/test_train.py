@@ -457,6 +457,17 @@ def test_coarse_steps_see_smaller_images(trained: Run) -> None:
     assert seen == [4, 4, 4, 4, 6, 6, 6, 6, 8, 8]
 
 
+def test_the_last_steps_see_each_image_by_itself(trained: Run) -> None:
+    mixing = AugmentConfig(crop_padding=0, flip=False, mixup=1.0, mix_fraction=0.6)
+    learner, batch = learner_of(trained, augment=mixing, optim=OptimConfig(batch_size=64), num_steps=5)
+    seen: list[torch.Tensor] = []
+    learner._replicas[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    for step in range(5):
+        learner.step(batch, step)
+    alone = normalize(batch.images, trained.config.preprocessing)
+    assert [torch.equal(images.float(), alone[: len(images)]) for images in seen] == [False, False, False, True, True]
+
+
 def test_a_run_with_a_budget_in_seconds_keeps_its_words_in_the_config(tmp_path: Path) -> None:
     run = train(make_config(budget="2s"), tmp_path / "run")
     assert run.config.budget == "2s"

@@ -49,12 +49,21 @@ class Augment:
         preprocessing: the normalisation to end with.
         num_classes: for the soft labels of mixup and cutmix.
         seed: of the run.
+        mix_end: position in the stream of samples from which nothing is mixed any more.
     """
 
-    def __init__(self, config: AugmentConfig, preprocessing: Preprocessing, num_classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: AugmentConfig,
+        preprocessing: Preprocessing,
+        num_classes: int,
+        seed: int,
+        mix_end: float = math.inf,
+    ) -> None:
         self._config = config
         self._preprocessing = preprocessing
         self._seed = seed
+        self._mix_end = mix_end
         self._mix = _build_mix(config, num_classes)
 
     @property
@@ -77,7 +86,7 @@ class Augment:
         if config.erasing:
             images = erase(images, draws[:, 3:8], config.erasing)
         labels = batch.labels
-        if self._mix is not None:
+        if self._mix is not None and start < self._mix_end:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed * 1_000_003 + start)
                 images, labels = self._mix(images, labels)

@@ -169,6 +169,9 @@ class AugmentConfig:
     """Mixup's alpha (arXiv 1710.09412); 0 is off."""
     cutmix: float = 0.0
     """CutMix's alpha (arXiv 1905.04899); 0 is off. With both on, each batch draws one of the two."""
+    mix_fraction: float = 1.0
+    """Share of the steps, from the first, with mixup and cutmix; the last ones see each image by itself, as they will
+    be seen later (arXiv 1909.09148)."""
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "mixup", "cutmix"):
@@ -176,7 +179,9 @@ class AugmentConfig:
             require(value >= 0, f"{name} is {value}; give 0 or more")
         require(self.num_ops >= 1, f"num_ops is {self.num_ops}; give at least 1")
         require(0 <= self.magnitude <= 30, f"magnitude is {self.magnitude}; give 0 to 30")
-        require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; give a probability from 0 to 1")
+        for name in ("erasing", "mix_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}; give a number from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

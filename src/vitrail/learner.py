@@ -59,7 +59,8 @@ class Learner:
         self._optimizers = build_optimizers(self.model, config.optim, num_replicas, self._dtype)
         decay = config.optim.ema_decay
         self._average = WeightAverage(self.model.parameters(), decay) if decay else None
-        self._augment = Augment(config.augment, pre, len(config.classes), config.seed)
+        mix_end = config.augment.mix_fraction * config.num_steps * config.optim.batch_size
+        self._augment = Augment(config.augment, pre, len(config.classes), config.seed, mix_end)
         # Mixing pairs each image with the one before it, so a part begins with one that is only mixed in.
         self._num_lent = int(self._world.size > 1 and self._augment.mixes)
 
