@@ -170,8 +170,8 @@ class AugmentConfig:
     cutmix: float = 0.0
     """CutMix's alpha (arXiv 1905.04899); 0 is off. With both on, each batch draws one of the two."""
     mix_fraction: float = 1.0
-    """Share of the steps, from the first, with mixup and cutmix; the last ones see each image by itself, as they will
-    be seen later (arXiv 1909.09148)."""
+    """Share of the steps, from the first, with mixup and cutmix; the last see each image by itself
+    (arXiv 1909.09148)."""
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "mixup", "cutmix"):
