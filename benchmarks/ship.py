@@ -32,7 +32,7 @@ Ships with vitrail; made by `python benchmarks/ship.py`. Weights: bf16 safetenso
   normalised by mean {mean} and deviation {std} of the channels.
 - **Data**: the {num_train:,} training images of CIFAR-10 that were not held out, and nothing else. {note}
 - **Training**: `{command}`: {passes:.1f} passes,
-  {minutes:.0f} minutes, {pflop:.2f} PFLOP, in {precision} on {threads} CPU threads.
+  {minutes:.0f} minutes, {pflop:.2f} PFLOP, in {precision} on {threads} CPU threads. {before}
 - **Accuracy of these weights**: val {val}, test {test} (95% Wilson intervals). `val` was chosen on; `test` was not.
 
 ## Limits
@@ -56,7 +56,7 @@ def build_bundle(run: Run, folder: Path) -> Run:
     return load_run(folder)
 
 
-def build_card(run: Run, bundle: Run, data: str, note: str) -> str:
+def build_card(run: Run, bundle: Run, data: str, note: str, before: str = "") -> str:
     """The card's text. Reads test, once."""
     config, pre = bundle.config, bundle.config.preprocessing
     measured = {split: evaluate(bundle, data, split) for split in ("val", "test")}
@@ -75,6 +75,7 @@ def build_card(run: Run, bundle: Run, data: str, note: str) -> str:
         std=", ".join(f"{value:.3f}" for value in pre.std),
         num_train=config.num_train,
         note=note,
+        before=before,
         command=command(run, "vitrail"),
         passes=last["epoch"],
         minutes=last["elapsed_s"] / 60,
@@ -91,10 +92,12 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--name", default="cifar10")
     parser.add_argument("--note", default="", help="what there is to say of the data")
+    parser.add_argument("--before", default="", help="what the weights it began with, by --init-from, had cost")
     arguments = parser.parse_args()
     run = load_run(arguments.run)
     bundle = build_bundle(run, BUNDLED / arguments.name)
-    (bundle.folder / "README.md").write_text(build_card(run, bundle, arguments.data, arguments.note))
+    card = build_card(run, bundle, arguments.data, arguments.note, arguments.before)
+    (bundle.folder / "README.md").write_text(card)
     print(f"wrote {bundle.folder}")
 
 
