@@ -379,6 +379,22 @@ def test_other_dimensions_are_told_from_both_sides(tmp_path: Path) -> None:
     ]
 
 
+def test_new_blocks_add_nothing_and_leave_the_last_one_last(tmp_path: Path) -> None:
+    theirs, path = save_timm(tmp_path)
+    ours, report = begin(path, make_resolved(depth=DEPTH + 2, rel_pos="neighbour"))
+    agree(ours, theirs)
+    state = theirs.state_dict()
+    for there, here in ((0, 0), (1, 1), (2, 4)):
+        assert torch.equal(ours.blocks[here].mlp.fc1.weight, state[f"blocks.{there}.mlp.fc1.weight"])
+    tables = [f"blocks.{index}.attn.rel_pos.relative_position_bias_table" for index in range(DEPTH + 2)]
+    added = {name for name in ours.state_dict() if name.startswith(("blocks.2.", "blocks.3."))}
+    assert names(report.new) == {*added, *tables}
+    assert [bool(ours.state_dict()[name].any()) for name in tables] == [False, False, True, True, False]
+    assert "depth: new are blocks.2, blocks.3; they begin by adding nothing" in report.notes
+    with pytest.raises(VitrailError, match=r"another model than this; give --model.depth 3$"):
+        begin(path, make_resolved(depth=DEPTH - 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

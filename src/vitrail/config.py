@@ -271,7 +271,8 @@ class RunConfig:
     init_from: str = ""
     """Begin with the weights of another model: a run folder, a checkpoint in one or a model that ships; a name from
     the hub (timm:vit_tiny_patch16_224); a .safetensors file in timm's names; a folder of a ViT from timm or Hugging
-    Face; a .npz of a ViT from Google. Positions and patches are resampled, the head is new for other classes."""
+    Face; a .npz of a ViT from Google. Positions and patches are resampled, the head is new for other classes, and
+    blocks that a deeper model has more begin by adding nothing."""
     freeze: Literal["none", "backbone"] = "none"
     """What does not learn: backbone leaves everything but the head as it began."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ BEFORE_HEAD = re.compile(r"(fc_norm|pre_logits|attn_pool)\.")
 NEEDLESS = re.compile(r"(head|fc|head_dist|fc_norm|pre_logits|attn_pool|pooler)\.|mask_token$|.*/")
 # What a model may lack: ours then begins it anew.
 LACKING = re.compile(r"cls_token$|norm\.|.*\.qkv\.bias$|.*" + re.escape(OFFSETS))
+# What a block adds to its input: at zero it adds nothing.
+WRITES = re.compile(r"\.(attn\.proj|mlp\.fc2)\.")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Ten
 
     Positions and patches are resampled as timm does; a relative position bias, kept by offset in patches, is cut
     to the smaller grid, or goes on beyond its edge with the values there. One that the source lacks begins at
-    zero, so that the blocks do what they did. Of three channels one is made by their sum. The head is taken only
-    if it tells the same classes apart, as far as that is told, from the same tokens.
+    zero, so that the blocks do what they did. A deeper model than theirs has new blocks before its last, which begin
+    by adding nothing. Of three channels one is made by their sum. The head is taken only if it tells the same classes
+    apart, as far as that is told, from the same tokens.
 
     Raises:
         VitrailError: with both sides if the architectures differ, or naming what either has and the other cannot do
@@ -76,7 +79,8 @@ def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Ten
     pre = config.preprocessing
     ours = build_model(config.model, pre.image_size, pre.num_channels, len(config.classes)).state_dict()
     _check_dimensions(weights, ours, config)
-    _check_names(weights, ours)
+    weights, added = _deepen(weights, ours)
+    _check_names(weights, ours, added)
     new_head = _why_new_head(weights, ours, config)
     theirs = {n: tensor for n, tensor in weights.state.items() if n in ours and not (new_head and in_head(n))}
     state = {n: _fit(n, theirs[n], tensor, config) for n, tensor in ours.items() if n in theirs}
@@ -91,10 +95,25 @@ def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Ten
         resampled=tuple(_part(name, ours[name], theirs[name]) for name in state if name not in same),
         new=tuple(_part(name, tensor) for name, tensor in ours.items() if name not in state),
         unused=tuple(_part(name, tensor) for name, tensor in weights.state.items() if name not in theirs),
-        notes=tuple(_notes(weights, ours, config, new_head)),
+        notes=tuple(_notes(weights, ours, config, new_head, added)),
     )
-    offsets = {n: torch.zeros_like(tensor) for n, tensor in ours.items() if n.endswith(OFFSETS) and n not in state}
-    return state | offsets, report
+    offsets = [n for n in ours if n.endswith(OFFSETS) and n not in state and not n.startswith(added)]
+    silent = [n for n in ours if n.startswith(added) and WRITES.search(n)]
+    return state | {n: torch.zeros_like(ours[n]) for n in (*offsets, *silent)}, report
+
+
+def _deepen(weights: Weights, ours: Mapping[str, Tensor]) -> tuple[Weights, tuple[str, ...]]:
+    """The weights with their last block as the last of ours, and what the names of the blocks added begin with.
+
+    The new ones come before it: where the head reads the class token, nobody reads what the last block makes of the
+    patches, so it may have learnt to make nothing of them.
+    """
+    there, here = (int(_dimensions(state, None).get("depth") or 0) for state in (weights.state, ours))
+    if not 0 < there < here:
+        return weights, ()
+    last, wanted = f"blocks.{there - 1}.", f"blocks.{here - 1}."
+    state = {wanted + n.removeprefix(last) if n.startswith(last) else n: tensor for n, tensor in weights.state.items()}
+    return replace(weights, state=state), tuple(f"blocks.{index}." for index in range(there - 1, here - 1))
 
 
 def _part(name: str, tensor: Tensor, was: Tensor | None = None) -> Part:
@@ -152,19 +171,23 @@ def _dimensions(state: Mapping[str, Tensor], num_heads: int | None) -> dict[str,
 
 
 def _check_dimensions(weights: Weights, ours: Mapping[str, Tensor], config: ResolvedConfig) -> None:
-    """Raise VitrailError, with both sides and the flags that make them equal, if the architectures differ."""
+    """Raise VitrailError, with both sides and the flags that make them equal, if the architectures differ.
+
+    That ours alone is deeper is no difference.
+    """
     theirs, here = _dimensions(weights.state, weights.num_heads), _dimensions(ours, config.model.num_heads)
     differ = {name: value for name, value in theirs.items() if here and value not in (None, here[name])}
-    if differ:
+    deeper = differ.keys() == {"depth"} and config.model.depth > (differ["depth"] or 0)
+    if differ and not deeper:
         table = [("", "there", "here"), *((name, f"{value:g}", f"{here[name]:g}") for name, value in differ.items())]
         flags = " ".join(f"--model.{name.replace('_', '-')} {value:g}" for name, value in differ.items())
         raise VitrailError(f"{weights.source} is of another model than this; give {flags}", table)
 
 
-def _check_names(weights: Weights, ours: Mapping[str, Tensor]) -> None:
+def _check_names(weights: Weights, ours: Mapping[str, Tensor], added: tuple[str, ...]) -> None:
     """Raise VitrailError if either side's backbone has what the other has not and cannot do without."""
-    theirs = weights.state
-    lacking = [name for name in ours if name not in theirs and not (in_head(name) or LACKING.match(name))]
+    theirs, may_lack = weights.state, LACKING.match
+    lacking = [n for n in ours if n not in theirs and not (in_head(n) or n.startswith(added) or may_lack(n))]
     homeless = [name for name in theirs if name not in ours and not NEEDLESS.match(name)]
     if lacking or homeless:
         sides = [f"it lacks {_list(lacking)}"] * bool(lacking)
@@ -196,9 +219,17 @@ def _why_new_head(weights: Weights, ours: Mapping[str, Tensor], config: Resolved
     return None
 
 
-def _notes(weights: Weights, ours: Mapping[str, Tensor], config: ResolvedConfig, new_head: str | None) -> list[str]:
+def _notes(
+    weights: Weights,
+    ours: Mapping[str, Tensor],
+    config: ResolvedConfig,
+    new_head: str | None,
+    added: tuple[str, ...],
+) -> list[str]:
     """What a person should know who reads the report."""
     model, notes = config.model, list[str]()
+    if added:
+        notes.append(f"depth: new are {', '.join(n.rstrip('.') for n in added)}; they begin by adding nothing")
     if new_head:
         notes.append(f"head: new ({new_head})")
     elif weights.classes is None:
