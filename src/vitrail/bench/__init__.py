@@ -47,7 +47,7 @@ def run_benchmark(minutes: float, threads: int, fast_bf16: bool, listener: Liste
             for name in ("vitrail", *PEERS)
             if session.has(name)
         }
-        training, limit = _time_training(session, precisions)
+        training, limit = _time_training(session, precisions, minutes)
         inference = {size: _time_inference(session, precisions, size) for size in INFER_BATCH_SIZES}
         trace = _time_trace(session, precisions[0])
         stages = {"training": training} | {f"inference_{size}": stage for size, stage in inference.items()}
@@ -70,15 +70,19 @@ def run_benchmark(minutes: float, threads: int, fast_bf16: bool, listener: Liste
     }
 
 
-def _time_training(session: Session, precisions: tuple[Precision, ...]) -> tuple[Stage, dict[str, Any]]:
+def _time_training(session: Session, precisions: tuple[Precision, ...], minutes: float) -> tuple[Stage, dict[str, Any]]:
     """Training steps of all, and beside them the bare matrix products of ours and its augmentation."""
-    ours = Setup("vitrail", precisions[0])
-    stage = Stage(session.screen([Entry("train", ours, size) for size in TRAIN_BATCH_SIZES], turn_s=1))
+
+    def fastest(setups: list[Setup], sizes: tuple[int, ...]) -> Entry:
+        # Longer trials in a longer run: one second mistakes a slow moment for a slow choice.
+        return session.screen([Entry("train", setup, size) for setup in setups for size in sizes], minutes / 5)
+
+    stage = Stage(fastest([Setup("vitrail", precisions[0])], TRAIN_BATCH_SIZES))
     entries = [stage.ours]
     for name in filter(session.has, PEERS):
-        readme = session.screen([Entry("train", Setup(name), size) for size in TRAIN_BATCH_SIZES], turn_s=1)
-        switched = [replace(readme, setup=setup) for setup in _switches(name, precisions)]
-        entries += [readme, session.screen(switched, turn_s=1)]
+        readme = fastest([Setup(name)], TRAIN_BATCH_SIZES)
+        switched = fastest(_switches(name, precisions), (readme.batch_size,))
+        entries += [readme, fastest([switched.setup], TRAIN_BATCH_SIZES)]
     parts = [replace(stage.ours, task=task) for task in ("augment", "products_shared", "products_apart")]
     rounds = session.alternate([*entries, *parts], turn_s=1, reserve_s=INFERENCE_S)
     step = rounds[stage.ours]
