@@ -115,6 +115,15 @@ def test_rounds_end_with_the_time_and_failures_are_named() -> None:
     assert session.screen([OURS, THEIRS], turn_s=0) == OURS
 
 
+def test_what_was_tried_is_not_tried_again() -> None:
+    session, turns = fake_session()
+    small, middle = (Entry("train", Setup("timm"), size) for size in (8, 16))
+    large = Entry("train", Setup("timm", "bf16"), 16)
+    assert session.screen([small, middle], turn_s=0) == middle  # of 5 and 10
+    assert session.screen([middle, small, large], turn_s=0) == middle  # of 10, 5 and 10
+    assert turns == ["timm"] * 3
+
+
 def test_a_worker_passes_errors_on_and_lives() -> None:
     with Worker(threads=1) as worker:
         with pytest.raises(VitrailError, match="KeyError: 'nobody'"):

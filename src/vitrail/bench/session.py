@@ -63,6 +63,7 @@ class Session:
     def __init__(self, workers: dict[str, Worker], minutes: float, listener: Listener) -> None:
         self._workers = workers
         self._began, self._limit_s, self._listener = time.monotonic(), 60 * minutes, listener
+        self._tried: dict[Entry, float] = {}
         self.left_out: list[str] = []
 
     @property
@@ -97,13 +98,15 @@ class Session:
         return rounds
 
     def screen(self, entries: Sequence[Entry], turn_s: float) -> Entry:
-        """The fastest of some entries of one contender, by a single turn each; the first if no time is left."""
-        rates: dict[Entry, float] = {}
+        """The fastest of some entries of one contender, by a single turn each; the first if no time is left.
+
+        What had its turn in an earlier trial gets no other.
+        """
         for entry in entries:
-            if len(entries) > 1 and self.left_s > 0 and self._build(entry):
-                rates[entry] = self._time(entry, turn_s)
+            if len(entries) > 1 and entry not in self._tried and self.left_s > 0 and self._build(entry):
+                self._tried[entry] = self._time(entry, turn_s)
                 self._workers[entry.setup.name].drop(str(entry))
-        return max(rates, key=lambda e: rates[e]) if rates else entries[0]
+        return max((e for e in entries if e in self._tried), key=lambda e: self._tried[e], default=entries[0])
 
     def peak_memory_mb(self, entry: Entry) -> float | None:
         """What its process has held at most, if the entry is the first that it ever ran."""
