@@ -302,24 +302,25 @@ def test_positions_without_one_for_the_class_token(tmp_path: Path) -> None:
     assert not ours.pos_embed[:, 0].any()
 
 
-def test_relative_positions_keep_their_offsets(tmp_path: Path) -> None:
-    """On a smaller grid and a larger one each offset has the bias it had; beyond the old edge, that of the edge."""
+def test_relative_positions_keep_their_place_in_the_picture(tmp_path: Path) -> None:
+    """On a coarser grid and a finer one, an offset over the same part of the picture has the bias it had."""
     source = train(make_config(), tmp_path / "source")
     tables = [p for n, p in load_file(source.weights).items() if "rel_pos" in n]
     config = replace(source.config, preprocessing=replace(source.config.preprocessing, image_size=8))
     old = 4
-    for grid in (3, 4, 6):
+    for grid, step, old_step in ((2, 1, 3), (old, 1, 1), (7, 2, 1)):
         pre = replace(config.preprocessing, image_size=2 * grid)
         model, report = begin(source.folder, replace(config, preprocessing=pre))
         assert len([name for name in names(report.resampled) if "rel_pos" in name]) == (0 if grid == old else 4)
+        reach = (grid - 1) // step
         for table, block in zip(tables, model.blocks, strict=True):
             bias = block.attn.rel_pos(grid)[:, 1:, 1:].unflatten(1, (grid, grid)).unflatten(3, (grid, grid))
-            for dy in range(1 - grid, grid):
-                for dx in range(1 - grid, grid):
-                    y, x = max(0, -dy), max(0, -dx)
-                    row, column = (min(max(d + old - 1, 0), 2 * old - 2) for d in (dy, dx))
+            for dy in range(-reach, reach + 1):
+                for dx in range(-reach, reach + 1):
+                    y, x = max(0, -dy * step), max(0, -dx * step)
+                    row, column = (d * old_step + old - 1 for d in (dy, dx))
                     expected = table.unflatten(1, (7, 7))[:, row, column]
-                    assert torch.equal(bias[:, y, x, y + dy, x + dx], expected)
+                    torch.testing.assert_close(bias[:, y, x, y + dy * step, x + dx * step], expected)
 
 
 def test_new_relative_positions_leave_the_model_as_it_was(tmp_path: Path) -> None:

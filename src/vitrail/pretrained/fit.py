@@ -66,8 +66,8 @@ class InitReport:
 def fit_weights(weights: Weights, config: ResolvedConfig) -> tuple[dict[str, Tensor], InitReport]:
     """The tensors that the model of `config` begins with in place of those drawn at random, and the report.
 
-    Positions and patches are resampled as timm does; a relative position bias, kept by offset in patches, is cut
-    to the smaller grid, or goes on beyond its edge with the values there. One that the source lacks begins at
+    Positions and patches are resampled as timm does; a relative position bias bicubically, so that an offset over the
+    same part of the picture keeps its bias on a coarser or finer grid. One that the source lacks begins at
     zero, so that the blocks do what they did. A deeper model than theirs has new blocks before its last, which begin
     by adding nothing. Of three channels one is made by their sum. The head is taken only if it tells the same classes
     apart, as far as that is told, from the same tokens.
@@ -152,12 +152,10 @@ def _fit_positions(theirs: Tensor, count: int) -> Tensor:
 
 
 def _fit_offsets(theirs: Tensor, count: int) -> Tensor:
-    """A table [H, (2G - 1)²] of relative positions for another grid size G."""
+    """A table [H, (2G - 1)²] of relative positions for another grid size G of the same picture."""
     span, span_there = math.isqrt(count), math.isqrt(theirs.shape[1])
-    table, wider = theirs.unflatten(1, (span_there, span_there)), (span - span_there) // 2
-    if wider < 0:
-        return table[:, -wider:wider, -wider:wider].flatten(1)
-    return F.pad(table[None], (wider,) * 4, mode="replicate")[0].flatten(1)
+    table = theirs.unflatten(1, (span_there, span_there))[None]
+    return F.interpolate(table, size=(span, span), mode="bicubic", align_corners=True)[0].flatten(1)
 
 
 def _dimensions(state: Mapping[str, Tensor], num_heads: int | None) -> dict[str, float | None]:
