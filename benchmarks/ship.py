@@ -38,7 +38,7 @@ Ships with vitrail; made by `python benchmarks/ship.py`. Weights: bf16 safetenso
 ## Limits
 
 - It knows ten classes and always names one of them, also for a picture of none. It learned from pictures of 32
-  pixels; a larger one is brought to that size.
+  pixels; a larger one, brought to {size}, may be sharper than any of those.
 - CIFAR-10 has near duplicates between train and test (3.3% of test, Barz and Denzler 2020), and its pictures come from
   the web of 2008: expect less on your own.
 - It is for learning, teaching and as a baseline, not for decisions about people, safety or health.

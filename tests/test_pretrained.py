@@ -362,7 +362,7 @@ def test_a_run_gives_its_averaged_weights(tmp_path: Path) -> None:
         assert all(torch.equal(taken[name], state[f"ema.{name}"]) for name in taken)
         assert not torch.equal(taken["norm.weight"], state["model.norm.weight"])
     shipped = load_run("cifar10")
-    agree(begin("cifar10", shipped.config)[0], shipped.load_model(), 32)
+    agree(begin("cifar10", shipped.config)[0], shipped.load_model(), shipped.config.preprocessing.image_size)
 
 
 def test_other_dimensions_are_told_from_both_sides(tmp_path: Path) -> None:

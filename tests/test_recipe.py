@@ -79,6 +79,7 @@ def test_the_recipe_beats_plain_adamw_in_a_minute(shapes: Path, tmp_path: Path) 
 
 def test_gpu_is_best_with_a_hundred_times_the_operations() -> None:
     shipped = load_run(BUNDLED / "cifar10").config
+    shipped = replace(shipped, preprocessing=replace(shipped.preprocessing, image_size=32))
 
     def flop(name: str) -> float:
         preset = get_preset(name)
