@@ -81,6 +81,7 @@ def test_unknown_missing_and_misfitting_values_are_named() -> None:
         (lambda: AugmentConfig(magnitude=31), "magnitude is 31"),
         (lambda: AugmentConfig(erasing=1.5), "erasing is 1.5"),
         (lambda: InputConfig(val_fraction=0), "val_fraction is 0"),
+        (lambda: InputConfig(val_seed=-1), "val_seed is -1; give 0 or more"),
         (lambda: InputConfig(image_size=0), "image_size is 0"),
         (lambda: InputConfig(train_fraction=0), "train_fraction is 0; give a share above 0, 1 at most"),
         (lambda: InputConfig(train_fraction=1.5), "train_fraction is 1.5"),

@@ -262,6 +262,8 @@ def test_test_is_the_same_for_every_seed_and_val_is_not() -> None:
     a, b = (split_records("digits", InputConfig(), seed) for seed in (0, 1))
     assert a["test"].names == b["test"].names
     assert a["val"].names != b["val"].names
+    kept = split_records("digits", InputConfig(val_seed=0), 1)
+    assert kept["val"].names == a["val"].names
 
 
 @given(

@@ -365,6 +365,22 @@ def test_a_run_gives_its_averaged_weights(tmp_path: Path) -> None:
     agree(begin("cifar10", shipped.config)[0], shipped.load_model(), shipped.config.preprocessing.image_size)
 
 
+def test_val_that_the_source_was_trained_on_is_told(trained: Run) -> None:
+    weights, config = read_weights(str(trained.folder)), trained.config
+    for changes, seed, told in (
+        ({}, 0, False),
+        ({}, 1, True),
+        ({"val_seed": 0}, 1, False),
+        ({"val_fraction": 0.05}, 0, False),
+        ({"val_fraction": 0.2}, 0, True),
+    ):
+        begun = replace(config, seed=seed, input=replace(config.input, **changes))
+        notes = fit_weights(weights, begun)[1].notes
+        assert any("--input.val-fraction 0.1 --input.val-seed 0" in note for note in notes) is told, (changes, seed)
+    others = replace(config, seed=1, classes=tuple("abcdefghij"))
+    assert not any(note.startswith("val:") for note in fit_weights(weights, others)[1].notes)
+
+
 def test_other_dimensions_are_told_from_both_sides(tmp_path: Path) -> None:
     _, path = save_timm(tmp_path)
     with pytest.raises(VitrailError) as caught:

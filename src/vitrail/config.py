@@ -193,6 +193,9 @@ class InputConfig:
     of at most 64, else 32."""
     val_fraction: float = 0.1
     """Share of the training images held out to choose on, where the source has no `val` of its own."""
+    val_seed: int | None = None
+    """Draws the images held out; by default the run's seed does. With it runs of several seeds hold out the same, and
+    one that goes on from another (init_from) can keep its `val` and still see other orders and crops."""
     balanced: bool = False
     """Every batch holds the classes in equal share, repeating images of the rare ones."""
     skip_bad: bool = False
@@ -215,6 +218,12 @@ class InputConfig:
             f"classes are {', '.join(self.classes)}; give at least two, each once",
         )
         require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}; give a share between 0 and 1")
+        if self.val_seed is not None:
+            require(self.val_seed >= 0, f"val_seed is {self.val_seed}; give 0 or more")
+
+    def val_cut(self, seed: int) -> tuple[float, int]:
+        """The share of each class that a run of `seed` holds out for val, and the seed that draws it."""
+        return self.val_fraction, seed if self.val_seed is None else self.val_seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,13 +40,14 @@ def split_records(
     """The `train`, `val` and `test` records of a source, cutting those it does not have from train.
 
     Where there is no `test`, the same fifth of every class is cut whatever the seed; `val` is then cut
-    from what is left, by `seed`. Both are stratified, and the same whatever share of the rest is trained on.
+    from what is left (`InputConfig.val_cut`). Both are stratified, and the same whatever share of the rest is
+    trained on.
 
     Raises:
         VitrailError: if there is no such source or class, or a class would be left without an image to train on.
     """
     splits = read_source(source, listener)
-    for name, fraction, split_seed in (("test", TEST_FRACTION, 0), ("val", config.val_fraction, seed)):
+    for name, fraction, split_seed in (("test", TEST_FRACTION, 0), ("val", *config.val_cut(seed))):
         if name not in splits:
             train = splits["train"]
             kept, held_out = cut_split(train.labels, fraction, split_seed)

@@ -239,6 +239,13 @@ def _notes(
         notes.append(f"pool: not told by the source, taken as {model.pool}")
     if any(name.endswith(OFFSETS) for name in ours) and not any(name.endswith(OFFSETS) for name in weights.state):
         notes.append("relative position bias: new, at zero, so that the blocks do what they did")
+    if weights.classes == config.classes and weights.val_cut is not None:
+        (share, seed), (our_share, our_seed) = weights.val_cut, config.input.val_cut(config.seed)
+        if our_seed != seed or our_share > share:  # by one seed, a smaller share is part of a larger
+            notes.append(
+                "val: other images than the source held out; if it was trained on this data, it has seen some of them, "
+                f"and --input.val-fraction {share} --input.val-seed {seed} holds out its own"
+            )
     told = (weights.mean, weights.std) == (config.preprocessing.mean, config.preprocessing.std)
     notes.append(f"mean and std of the pixels: {'those of the source' if told else 'measured on the new images'}")
     return notes

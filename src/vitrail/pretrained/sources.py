@@ -82,7 +82,8 @@ def _read_run(source: str) -> Weights:
         state["patch_embed.proj.weight"] = projection.unflatten(1, (pre.num_channels, side, side))
     is_vit = "blocks.0.attn.qkv.weight" in state
     num_heads, pool = (config.model.num_heads, config.model.pool) if is_vit else (None, None)
-    return Weights(source, state, num_heads, pool, config.classes, pre.mean, pre.std)
+    val_cut = config.input.val_cut(config.seed)
+    return Weights(source, state, num_heads, pool, config.classes, pre.mean, pre.std, val_cut)
 
 
 def _read_hub(source: str) -> Weights:

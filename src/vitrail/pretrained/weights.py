@@ -19,6 +19,7 @@ class Weights:
     convolution it tells its channels and its patch size. What is None is not told by the source.
 
     `pool`: what the head reads, as in ModelConfig or another library's word. `mean` and `std`: of each channel, 0..1.
+    `val_cut`: share and seed by which a run of ours held out its val.
     """
 
     source: str
@@ -28,6 +29,7 @@ class Weights:
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    val_cut: tuple[float, int] | None = None
 
     def adopt(self, measured: Preprocessing) -> Preprocessing:
         """`measured` with the mean and std these weights were trained with, if they are told and the channels fit."""
