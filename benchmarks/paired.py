@@ -39,7 +39,7 @@ def main() -> None:
     models = arguments.first, arguments.second
     (*first, labels), (*second, others) = (score_images(model, arguments.data, arguments.split) for model in models)
     if not torch.equal(labels, others):
-        parser.error(f"the two hold out other images for {arguments.split}; give runs of one seed and val_fraction")
+        parser.error(f"the two hold out other images for {arguments.split}; give runs of one val_fraction and val_seed")
     print(f"{arguments.first} less {arguments.second}, {len(labels)} images of {arguments.split}")
     for name, a, b, form in zip(("accuracy, points", "loss, nats"), first, second, ("+.2f", "+.4f"), strict=True):
         print(f"  {name}: {estimate_mean((a - b).tolist()).show(form)}")
