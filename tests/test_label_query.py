@@ -148,8 +148,8 @@ def traced_by_hand(model: VisionTransformer, image: Tensor, label: int) -> tuple
     x = model.embed(image)[0]
     for block in model.blocks:
         parts = block.attn.qkv(block.norm1(x)).split(6, -1)
-        x = x + block.attn.proj(attend(*parts, block.attn.rel_pos(model.grid_size)))
-        x = x + block.mlp(block.norm2(x))
+        x = block.attn.proj(attend(*parts, block.attn.rel_pos(model.grid_size)), onto=x)
+        x = block.mlp(block.norm2(x), onto=x)
     head, patches = model.head, model.norm(x)[1:]
     query = head.queries[label : label + 1]
     found = query + head.proj(attend(head.q(query), *head.kv(patches).split(6, -1), 0.0))

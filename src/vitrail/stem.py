@@ -5,6 +5,8 @@ Shapes are written with B images, C channels, N patches, P pixels a patch's side
 
 from torch import Tensor, nn
 
+from vitrail.linear import Linear
+
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into patches: [B, C, S, S] to [B, N, C·P·P].
@@ -33,7 +35,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, num_channels: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(num_channels * patch_size**2, embed_dim)
+        self.proj = Linear(num_channels * patch_size**2, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(patchify(images, self.patch_size))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitrail.config import ModelConfig, check_patches
 from vitrail.errors import VitrailError
 from vitrail.label_query import LabelQuery
+from vitrail.linear import Linear, ResidualLinear
 from vitrail.rel_pos import RelPosBias, first_looks
 from vitrail.stem import ConvStem, PatchEmbed
 
@@ -59,23 +60,23 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (appendix A): [B, T, D] to [B, T, D] and the weights [B, H, T, T].
+    """Multi-head self-attention (appendix A) of x [B, T, D], added to `onto` [B, T, D], and the weights [B, H, T, T].
 
-    With `class_only` the class token alone looks at all T: [B, 1, D] and [B, H, 1, T].
+    Where `onto` is [B, 1, D], the class token alone looks at all T: [B, 1, D] and [B, H, 1, T].
     """
 
     def __init__(self, config: ModelConfig, grid_size: int, block: int = 0) -> None:
         super().__init__()
+        width = config.embed_dim
         looks = first_looks(block, config.depth, config.num_heads) if config.rel_pos == "neighbour" else []
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.qkv = Linear(width, 3 * width)
         self.rel_pos = None if config.rel_pos == "none" else RelPosBias(grid_size, config.num_heads, looks)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
-        self.proj_drop = nn.Dropout(config.drop_rate)
+        self.proj = end_branch(config, width, block)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor]:
-        heads, weights = self._look_once(x) if class_only else self._look(x)
-        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2))), weights
+    def forward(self, x: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
+        heads, weights = self._look_once(x) if onto.shape[1] == 1 else self._look(x)
+        return self.proj(heads.transpose(1, 2).flatten(2), onto), weights
 
     def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What every token's heads see, [B, H, T, D / H], and the weights."""
@@ -104,25 +105,23 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, on each token alone."""
+    """Two linear layers with GELU between, on each token alone, added to `onto`: twice [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, block: int) -> None:
         super().__init__()
         hidden = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, hidden)
         self.drop = nn.Dropout(config.drop_rate)
+        self.fc2 = end_branch(config, hidden, block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        return self.fc2(self.drop(F.gelu(self.fc1(x))), onto)
 
 
-def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): drop a residual branch per image, scaling up the kept ones."""
-    if not training or rate == 0.0:
-        return branch
-    kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - rate)
-    return branch * kept / (1 - rate)
+def end_branch(config: ModelConfig, fan_in: int, block: int) -> ResidualLinear:
+    """The last layer of a residual branch in a block; branches are dropped the more often the deeper they are."""
+    drop_path_rate = config.drop_path_rate * block / max(1, config.depth - 1)
+    return ResidualLinear(fan_in, config.embed_dim, config.drop_rate, drop_path_rate)
 
 
 class Block(nn.Module):
@@ -135,14 +134,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
         self.attn = Attention(config, grid_size, index)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = Mlp(config)
-        self.drop_path_rate = config.drop_path_rate * index / max(1, config.depth - 1)
+        self.mlp = Mlp(config, index)
 
     def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor]:
-        attended, weights = self.attn(self.norm1(x), class_only)
-        x = x[:, : attended.shape[1]] + drop_path(attended, self.drop_path_rate, self.training)
-        x = x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
-        return x, weights
+        x, weights = self.attn(self.norm1(x), x[:, :1] if class_only else x)
+        return self.mlp(self.norm2(x), x), weights
 
 
 class VisionTransformer(nn.Module):
