@@ -1,4 +1,5 @@
-"""Where the time of a training step goes: data and augmentation, and what replicas and a short last block are worth.
+"""Where the time of a training step goes: data and augmentation, and what replicas, a short last block and sums
+written at once are worth.
 
     python benchmarks/step.py --data ../shared/cifar10
 
@@ -6,7 +7,7 @@ Prints one JSON object, of steps on whole pictures. `share_of_step`: fetching an
 step, median over steps, for the preset's own augmentation and for heavier ones. `replicas`: images per second with a
 replica for each thread over those of one replica with all threads, alternating, median and extremes of the pairs.
 `last_block`: likewise, over those of a step whose last block makes all tokens, as `trace` does, though the head reads
-only one.
+only one; `linear`, of a step whose linear layers add bias and residual in passes of their own (in fp32 all do).
 """
 
 import argparse
@@ -54,7 +55,7 @@ def measure(config: ResolvedConfig, train_set: ImageSet) -> float:
 
 
 def compare_steps(config: ResolvedConfig, train_set: ImageSet) -> dict[str, dict[str, float]]:
-    """How many times as fast a step is as with one replica, and as with a whole last block, in pairs of a few steps."""
+    """How many times as fast a step is as without each of what makes it fast, in pairs of a few steps."""
     stream = SampleStream(train_set.labels, config.seed, balanced=False)
     batch = train_set.take(stream.indices(0, config.optim.batch_size))
     with mock.patch("vitrail.learner.MAX_REPLICAS", 1):
@@ -71,7 +72,15 @@ def compare_steps(config: ResolvedConfig, train_set: ImageSet) -> dict[str, dict
         with mock.patch.object(VisionTransformer, "forward", lambda self, images: self.trace_labels(images)[0]):
             return seconds(learner)
 
-    others = {"replicas": lambda: seconds(one), "last_block": lambda: seconds_with_all_tokens(many)}
+    def seconds_with_torchs_layers(learner: Learner) -> float:
+        with mock.patch("vitrail.linear._writes_once", return_value=False):
+            return seconds(learner)
+
+    others = {
+        "replicas": lambda: seconds(one),
+        "last_block": lambda: seconds_with_all_tokens(many),
+        "linear": lambda: seconds_with_torchs_layers(many),
+    }
     seconds(many)
     found = dict[str, dict[str, float]]()
     for name, other_seconds in others.items():

@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail import linear
 from vitrail.linear import Linear, ResidualLinear, drop_path
 
 BF16_ERROR = 2**-8
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_VALUES", 1)
 
 
 def gradients(out: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
@@ -90,3 +96,10 @@ def test_a_compiler_or_an_exporter_meets_torchs_own_operators() -> None:
     operators = {str(node.target) for node in torch.export.export(layer, example).graph.nodes}
     assert any(name.startswith("aten.linear") for name in operators)
     assert not any("mkldnn" in name for name in operators)
+
+
+def test_small_inputs_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(4, 8).bfloat16(), torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "MIN_VALUES", x.numel())
+    assert "WrittenOnce" in type(layer(x).grad_fn).__name__
+    assert "WrittenOnce" not in type(layer(x[:1]).grad_fn).__name__
