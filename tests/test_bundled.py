@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 import vitrail
 from conftest import make_config, save_image
 from vitrail.cli import main
-from vitrail.errors import VitrailError
+from vitrail.data import load_split
+from vitrail.errors import VitrailError, ignore_events
 from vitrail.evaluate import evaluate
 from vitrail.run import BUNDLED, Run, load_run
 from vitrail.train import train
@@ -43,6 +45,32 @@ def test_a_card_says_what_evaluate_says(trained: Run, tmp_path: Path, monkeypatc
     card = ship.build_card(trained, bundle, "digits", "Digits.")
     for split in ("val", "test"):
         assert f"{split} {evaluate(bundle, 'digits', split).accuracy:.2%} (" in card
+
+
+def test_two_models_are_compared_on_the_same_images(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    paired = importlib.import_module("paired")
+    name = str(trained.folder)
+    right, losses, _ = paired.score_images(name, "digits", "test", flip=False)
+    expected = evaluate(trained, "digits", "test")
+    assert (right.mean(), losses.mean()) == (
+        pytest.approx(100 * expected.accuracy),
+        pytest.approx(expected.loss, rel=1e-3),
+    )
+    losses_of_both = paired.score_images(name, "digits", "test", flip=True)[1]
+    mirrored = load_split(trained.config, "digits", "test", ignore_events)
+    mirrored = replace(mirrored, images=mirrored.images.flip(-1))
+    monkeypatch.setattr(paired, "load_split", lambda *_: mirrored)
+    losses_mirrored = paired.score_images(name, "digits", "test", flip=False)[1]
+    torch.testing.assert_close(losses_of_both.neg().exp(), (losses.neg().exp() + losses_mirrored.neg().exp()) / 2)
+    monkeypatch.undo()
+    other = train(replace(make_config(), seed=1), tmp_path / "other")
+    monkeypatch.setattr("sys.argv", ["paired.py", name, str(other.folder), "--data", "digits"])
+    with pytest.raises(SystemExit, match="2"):
+        paired.main()
+    assert "the two hold out other images for val" in capsys.readouterr().err
 
 
 def test_what_is_made_of_it_is_left_here_and_not_in_the_package(

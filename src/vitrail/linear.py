@@ -18,10 +18,10 @@ MIN_VALUES = 2**18
 class Linear(nn.Linear):
     """x Wᵀ + b: [..., fan_in] to [..., fan_out]; `torch.nn.Linear`, to the bit."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not _writes_once(x):
-            return super().forward(x)
-        return _WrittenOnce.apply(x, self.weight, self.bias, None)
+    def forward(self, input: Tensor) -> Tensor:
+        if not _writes_once(input):
+            return super().forward(input)
+        return _WrittenOnce.apply(input, self.weight, self.bias, None)
 
 
 class ResidualLinear(nn.Linear):
@@ -35,7 +35,7 @@ class ResidualLinear(nn.Linear):
         super().__init__(fan_in, fan_out)
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] # on purpose
         drop_rate, drop_path_rate = (self.drop_rate, self.drop_path_rate) if self.training else (0.0, 0.0)
         if drop_rate == drop_path_rate == 0.0 and _writes_once(x):
             return _WrittenOnce.apply(x, self.weight, self.bias, onto)
