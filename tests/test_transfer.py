@@ -31,7 +31,7 @@ from vitrail.vit import VisionTransformer
 def test_layer_decay_by_hand() -> None:
     """Three blocks and a half: embeddings at 1/16 of the rate, then 1/8, 1/4, 1/2, and the last norm and head whole."""
     model = VisionTransformer(ModelConfig(**SHAPE, rel_pos="zero"), SIDE, 3, CLASSES)
-    optimizers = build_optimizers(model, OptimConfig(layer_decay=0.5, lr=1.0, muon_lr=0.1), num_muons=2)
+    optimizers = build_optimizers(model, OptimConfig(layer_decay=0.5, lr=1.0, muon_lr=0.1))
     rates = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     table = {
         "cls_token": 1 / 16,

@@ -56,7 +56,7 @@ class Learner:
         self._pool = ThreadPoolExecutor(
             num_replicas, "replica", torch.set_num_threads, (config.threads // num_replicas,)
         )
-        self._optimizers = build_optimizers(self.model, config.optim, num_replicas, self._dtype)
+        self._optimizers = build_optimizers(self.model, config.optim, self._dtype)
         decay = config.optim.ema_decay
         self._average = WeightAverage(self.model.parameters(), decay) if decay else None
         mix_end = config.augment.mix_fraction * config.num_steps * config.optim.batch_size
@@ -110,7 +110,9 @@ class Learner:
         if self._config.clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self._config.clip_norm, norm)
         set_lr(self._optimizers, self.lr_factor(step))
-        list(self._pool.map(_update, self._optimizers))
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if self._average is not None:
             self._average.update()
         return loss
@@ -238,11 +240,6 @@ def _freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(in_head(name))
     for name, part in model.named_children():
         part.train(in_head(f"{name}."))
-
-
-def _update(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def count_replicas(config: ResolvedConfig) -> int:

@@ -119,12 +119,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, num_muons: int = 1, dtype: torch.dtype = torch.float32
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101) for everything, or Muon for the hidden matrices and AdamW for the rest.
 
-    The hidden matrices may be dealt out to several Muons, to step side by side: each matrix moves alone,
-    so the result is the same. `dtype`: what Muon orthogonalises in.
+    `dtype`: what Muon orthogonalises in.
     """
     hidden, matrices, rest = split_parameters(model)
     adamw_matrices = matrices if config.optimizer == "muon" else hidden + matrices
@@ -136,11 +135,9 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     ]
-    # By shape first, so that each gets nearly as much of every shape.
-    hidden.sort(key=lambda matrix: tuple(matrix.shape))
-    for i in range(num_muons if config.optimizer == "muon" else 0):
-        part = _group_by_lr(hidden[i::num_muons], shares, config.muon_lr)
-        optimizers.append(Muon(part, config.muon_lr, config.muon_weight_decay, dtype=dtype))
+    if config.optimizer == "muon":
+        groups = _group_by_lr(hidden, shares, config.muon_lr)
+        optimizers.append(Muon(groups, config.muon_lr, config.muon_weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
