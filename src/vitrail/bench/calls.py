@@ -40,7 +40,7 @@ def build_call(task: Task, setup: Setup, batch_size: int, threads: int) -> Call:
     if setup.name != "vitrail":
         torch.set_num_threads(threads)
         return _build_training(setup, batch_size) if task == "train" else _build_inference(setup, batch_size)
-    prepare_cpu(threads)
+    prepare_cpu(threads, trains=task == "train")
     if task in ("products_shared", "products_apart"):
         return _build_products(setup, batch_size, 1 if task == "products_shared" else threads)
     images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
