@@ -14,7 +14,9 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -62,30 +64,22 @@ def compare_steps(config: ResolvedConfig, train_set: ImageSet) -> dict[str, dict
         one = Learner(config)
     many = Learner(config)
 
-    def seconds(learner: Learner) -> float:
-        began = time.perf_counter()
-        for step in range(STEPS_PER_PAIR):
-            learner.step(batch, step)
-        return time.perf_counter() - began
+    def seconds(learner: Learner, without: AbstractContextManager[Any]) -> float:
+        with without:
+            began = time.perf_counter()
+            for step in range(STEPS_PER_PAIR):
+                learner.step(batch, step)
+            return time.perf_counter() - began
 
-    def seconds_with_all_tokens(learner: Learner) -> float:
-        with mock.patch.object(VisionTransformer, "forward", lambda self, images: self.trace_labels(images)[0]):
-            return seconds(learner)
-
-    def seconds_with_torchs_layers(learner: Learner) -> float:
-        with mock.patch("vitrail.linear._writes_once", return_value=False):
-            return seconds(learner)
-
-    others = {
-        "replicas": lambda: seconds(one),
-        "last_block": lambda: seconds_with_all_tokens(many),
-        "linear": lambda: seconds_with_torchs_layers(many),
-    }
-    seconds(many)
+    nothing = nullcontext()
+    all_tokens = mock.patch.object(VisionTransformer, "forward", lambda self, images: self.trace_labels(images)[0])
+    torchs_layers = mock.patch("vitrail.linear._writes_once", return_value=False)
+    others = {"replicas": (one, nothing), "last_block": (many, all_tokens), "linear": (many, torchs_layers)}
+    seconds(many, nothing)
     found = dict[str, dict[str, float]]()
-    for name, other_seconds in others.items():
-        other_seconds()
-        ratios = [other_seconds() / seconds(many) for _ in range(NUM_PAIRS)]
+    for name, other in others.items():
+        seconds(*other)
+        ratios = [seconds(*other) / seconds(many, nothing) for _ in range(NUM_PAIRS)]
         found[name] = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
     return found
 

@@ -1,7 +1,7 @@
 """Linear layers that pass over memory once: bias and residual are added while the product is written.
 
-Where a CPU is fast at bf16 products, a step waits for memory. There `torch.nn.Linear` first fills the outcome with the
-bias, then reads it again to add the product, and a residual is a pass of its own.
+Where a CPU is fast at bf16 products, passes over memory are much of a step. There `torch.nn.Linear` first fills the
+outcome with the bias, then reads it again to add the product, and a residual is a pass of its own.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Inputs of fewer values are left to torch: passes over so little memory cost less than a gradient made in Python
-# (a step of `quick`, with 133,000, would be 0.99 times as fast; one of `hour`, with 532,000, is 1.04 to 1.13 times).
+# (with 133,000 in most layers, `quick`'s step would be 0.99 times as fast; `hour`'s, with 532,000, is 1.04 to 1.13 times).
 MIN_VALUES = 2**18
 
 
