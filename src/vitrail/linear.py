@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Inputs of fewer values are left to torch: passes over so little memory cost less than a gradient made in Python
-# (with 133,000 in most layers, `quick`'s step would be 0.99 times as fast; `hour`'s, with 532,000, is 1.04 to 1.13 times).
+# (with 133,000 in most layers `quick`'s step would be 0.99 times as fast; `hour`'s, with 532,000, is 1.04 to 1.13).
 MIN_VALUES = 2**18
 
 
